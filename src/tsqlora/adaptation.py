@@ -1,0 +1,46 @@
+"""Brief adaptation: some tens of optimizer steps, so that gradients say something of the samples.
+
+At a fresh classification head or B = 0 a sample's gradient is mostly noise (docs/choices.md).
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from tsqlora.batches import Collator
+
+
+def adapt_briefly(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train what is trainable in `model` for `steps` steps on `dataset`, in place.
+
+    AdamW, constant rate after a warm-up of a tenth, drawn uniformly. One pass a sample and step.
+    """
+    if steps <= 0:
+        return
+    with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=max(1, steps // 10),
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+        )
+        set_seed(seed)
+        Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()

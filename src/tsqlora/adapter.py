@@ -1,0 +1,259 @@
+"""A rank plan as a plain PEFT adapter: configuration, components that come and go, exports.
+
+A component is row j of A with column j of B. A component is active while its row is not zero; a
+pruned one has row, column and optimizer moments zero, which is an exact fixed point of AdamW, so
+training needs no mask, and parameters never change identity or shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tsqlora.allocation import RankPlan, pattern_key
+from tsqlora.errors import ConfigError, ModelError
+from tsqlora.lora_layers import LoraModule, clone_config, lora_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMATS = ("compact", "padded", "merged")
+
+
+def lora_config(
+    plan: RankPlan,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    dropout: float = 0.0,
+) -> LoraConfig:
+    """The plan as a plain `peft.LoraConfig`: exact names, `rank_pattern` and `alpha_pattern`.
+
+    alpha / r = plan.scale in every module; modules of rank 0 are not targeted.
+
+    Raises:
+        ConfigError: no module has a rank.
+    """
+    adapted = plan.adapted
+    if not adapted:
+        raise ConfigError("The rank plan adapts no module: raise ranks.mean_rank or ranks.parameters.")
+    largest = max(adapted.values())
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=_whole(plan.scale * largest),
+        target_modules=sorted(adapted),
+        lora_dropout=dropout,
+        task_type=task_type,
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+    )
+    set_patterns(config, adapted, dict.fromkeys(adapted, plan.scale))
+    return config
+
+
+def set_patterns(config: LoraConfig, ranks: dict[str, int], scales: dict[str, float]) -> None:
+    """Make `config` say these ranks, and alpha = scale · r, with the largest rank as its default."""
+    config.r = max(ranks.values())
+    default = {scales[name] for name, rank in ranks.items() if rank == config.r}
+    config.lora_alpha = _whole(max(default) * config.r)
+    config.use_rslora = False
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, rank in ranks.items():
+        alpha = _whole(scales[name] * rank)
+        if rank != config.r:
+            config.rank_pattern[pattern_key(name)] = rank
+        if alpha != config.lora_alpha:
+            config.alpha_pattern[pattern_key(name)] = alpha
+
+
+def _whole(value: float) -> int:
+    return int(value) if float(value).is_integer() else value  # type: ignore[return-value]
+
+
+def check_plan(model: nn.Module, plan: RankPlan) -> None:
+    """Assert that PEFT gave every module the planned rank and scale: a pattern that misses is silent.
+
+    Raises:
+        ModelError: naming the modules that differ.
+    """
+    actual = {m.name: (m.rank, m.scale) for m in lora_modules(model)}
+    wanted = {name: (rank, plan.scale) for name, rank in plan.adapted.items()}
+    different = [
+        f"{name}: planned {wanted.get(name)}, found {actual.get(name)}"
+        for name in sorted(actual.keys() | wanted.keys())
+        if not _same(actual.get(name), wanted.get(name))
+    ]
+    if different:
+        raise ModelError.of(different)
+
+
+def _same(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:
+    return a is not None and b is not None and a[0] == b[0] and math.isclose(a[1], b[1])
+
+
+def add_headroom(model: nn.Module, components: int) -> None:
+    """Room for `components` more in every adapted module, pruned from the start: same function.
+
+    To be called before the optimizer has state and before the model is wrapped for data-parallel
+    training: the parameters stay the same objects but grow in shape.
+    """
+    modules = lora_modules(model)
+    for module in modules:
+        extra = min(components, min(module.shape) - module.rank)
+        if extra <= 0:
+            continue
+        a, b = module.a.weight, module.b.weight
+        a.data = torch.cat([a.data, a.data.new_zeros(extra, a.shape[1])])
+        b.data = torch.cat([b.data, b.data.new_zeros(b.shape[0], extra)], 1)
+        a.grad = b.grad = None
+        module.set_rank(module.rank)
+    config = model.peft_config[modules[0].adapter]
+    set_patterns(config, {m.name: m.rank for m in modules}, {m.name: m.scale for m in modules})
+
+
+def active(module: LoraModule) -> Tensor:
+    """Which components are active (r): those whose row of A is not zero."""
+    return module.a.weight.detach().abs().amax(1) > 0
+
+
+def active_ranks(model: nn.Module) -> dict[str, int]:
+    """The number of active components of every adapted module."""
+    return {m.name: int(active(m).sum()) for m in lora_modules(model)}
+
+
+def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Begin from a briefly adapted adapter's `trainable_state`, of any rank.
+
+    Each module takes over the components with the largest ‖B_j‖‖A_j‖ that fit into its rank; those
+    beyond keep their fresh row and zero column. modules_to_save are copied. The steps of the brief
+    adaptation thus count as training.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for module in lora_modules(model):
+            prefix = f"base_model.model.{module.name}"
+            names = [f"{prefix}.lora_{factor}.{module.adapter}.weight" for factor in "AB"]
+            if names[0] not in state:
+                continue
+            a, b = (state[name].to(module.a.weight) for name in names)
+            strongest = (a.norm(dim=1) * b.norm(dim=0)).argsort(descending=True, stable=True)
+            kept = strongest[: module.rank].sort().values
+            module.a.weight[: len(kept)] = a[kept]
+            module.b.weight[:, : len(kept)] = b[:, kept]
+        for name, tensor in state.items():
+            if "lora_" not in name and name in parameters:
+                parameters[name].copy_(tensor)
+
+
+def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | None) -> None:
+    """Zero the components' rows, columns and optimizer moments."""
+    index = torch.as_tensor(list(components), device=module.a.weight.device, dtype=torch.long)
+    with torch.no_grad():
+        _zero(module.a.weight, 0, index, optimizer)
+        _zero(module.b.weight, 1, index, optimizer)
+
+
+def grow(
+    module: LoraModule,
+    components: Sequence[int],
+    optimizer: Optimizer | None,
+    generator: torch.Generator,
+) -> None:
+    """Make pruned components active: rows drawn as PEFT initialises A (Kaiming, a = √5), columns
+    zero, moments zero. The model's function does not change, bit for bit.
+    """
+    weight = module.a.weight
+    prune(module, components, optimizer)
+    bound = 1 / math.sqrt(weight.shape[1])
+    with torch.no_grad():
+        for component in components:
+            row = torch.empty(weight.shape[1]).uniform_(-bound, bound, generator=generator)
+            weight[component] = row.to(weight)
+
+
+def _zero(
+    parameter: nn.Parameter, dimension: int, index: Tensor, optimizer: Optimizer | None
+) -> None:
+    parameter.index_fill_(dimension, index, 0.0)
+    if parameter.grad is not None:
+        parameter.grad.index_fill_(dimension, index, 0.0)
+    for value in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape == parameter.shape:
+            value.index_fill_(dimension, index, 0.0)
+        elif value.shape == parameter.shape[dimension : dimension + 1]:  # Adafactor's factored moment
+            value.index_fill_(0, index, 0.0)
+
+
+def export_adapter(model: nn.Module, folder: str | Path, format: str = "compact") -> Path:
+    """Write the trained adapter so that it loads without tsqlora; returns the folder.
+
+    `compact`: true ranks, `rank_pattern`, the scale unchanged. `padded`: one rank everywhere,
+    zero-padded, no patterns, right in every loader. `merged`: the plain model with the adapter
+    added to its weights. The model itself is left as it is.
+
+    Raises:
+        ConfigError: the format is unknown.
+        ModelError: the model has no LoRA adapter.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"Unknown export format {format!r}: compact, padded or merged.")
+    modules = lora_modules(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert isinstance(model, PeftModel)
+    if format == "merged":
+        merged: PreTrainedModel = copy.deepcopy(model).merge_and_unload()
+        merged.save_pretrained(folder)
+        return folder
+    tensors, config = _packed(model, modules, padded=format == "padded")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    return folder
+
+
+def _packed(
+    model: PeftModel, modules: list[LoraModule], padded: bool
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    adapter = modules[0].adapter
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    config = clone_config(model.peft_config[adapter])
+    kept = {m.name: active(m) for m in modules}
+    if not any(mask.any() for mask in kept.values()):
+        kept[modules[0].name][0] = True  # PEFT knows no adapter without a module
+    ranks = {name: int(mask.sum()) for name, mask in kept.items()}
+    largest = max(ranks.values())
+    scales = {m.name: m.scale for m in modules}
+    common = max(scales.values())
+    for module in modules:
+        prefix = f"base_model.model.{module.name}"
+        mask = kept[module.name]
+        a, b = module.a.weight.detach()[mask], module.b.weight.detach()[:, mask]
+        if padded:
+            b = b * (module.scale / common)
+            a, b = _pad(a, largest, 0), _pad(b, largest, 1)
+        if padded or ranks[module.name]:
+            state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"] = a, b
+        else:
+            del state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"]
+    if padded:
+        ranks, scales = dict.fromkeys(ranks, largest), dict.fromkeys(ranks, common)
+    set_patterns(config, {n: r for n, r in ranks.items() if r}, scales)
+    config.target_modules = sorted(name for name, rank in ranks.items() if rank)
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, config
+
+
+def _pad(tensor: Tensor, rank: int, dimension: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dimension] = rank - shape[dimension]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)

@@ -1,0 +1,106 @@
+"""Batches for passes of our own over a pool: columns, order by length, device, losses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tsqlora.errors import DataError
+from tsqlora.losses import SEQ2SEQ, sample_losses
+
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
+Batch = dict[str, Tensor]
+
+
+def model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
+    """`dataset` without the columns the model's forward does not take, as the Trainer does it.
+
+    All columns stay where none is one of the forward's (raw text for a collator of one's own).
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()
+    accepted = {*inspect.signature(inner.forward).parameters, "label", "label_ids", "labels"}
+    kept = [name for name in dataset.column_names if name in accepted]
+    return dataset.select_columns(kept) if kept else dataset
+
+
+def batches(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    what: str,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(positions, batch) over the whole data set, longest first, on the model's device.
+
+    Longest first: little padding, and a batch too large for memory fails at once. Shows a progress
+    bar `what` counted in samples.
+
+    Raises:
+        DataError: the collator gives no `labels`.
+    """
+    rows = model_columns(model, dataset)
+    device = next(model.parameters()).device
+    order = np.argsort(-_lengths(rows), kind="stable")
+    with tqdm(total=len(rows), desc=what, unit=" samples", leave=False) as progress:
+        for start in range(0, len(order), batch_size):
+            positions = order[start : start + batch_size]
+            batch = collator([rows[int(i)] for i in positions])
+            if "labels" not in batch:
+                raise DataError(
+                    "The collator's batches have no `labels`, so no loss can be taken: name the "
+                    f"target column `labels` (columns here: {', '.join(dataset.column_names)})."
+                )
+            yield positions, {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+            progress.update(len(positions))
+
+
+def _lengths(dataset: Dataset) -> np.ndarray:
+    if "input_ids" not in dataset.column_names:
+        return np.zeros(len(dataset))
+    return np.array([len(row) for row in dataset["input_ids"]])
+
+
+def forward_logits(model: nn.Module, kind: str, batch: Batch) -> Tensor:
+    """The logits of a batch; labels go in only where the decoder's input is made from them."""
+    inputs = {k: v for k, v in batch.items() if k != "labels" or kind == SEQ2SEQ}
+    if kind != SEQ2SEQ and "use_cache" in _forward_parameters(model):
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    logits = model(**inputs).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def forward_losses(model: nn.Module, kind: str, batch: Batch) -> Tensor:
+    """ℓ_i (N) of a batch."""
+    return sample_losses(kind, forward_logits(model, kind, batch), batch["labels"])
+
+
+def _forward_parameters(model: nn.Module) -> Sequence[str]:
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return list(inspect.signature(inner.forward).parameters)
+
+
+def singly(batch: Batch) -> Iterator[Batch]:
+    """The same samples in batches of one, for models whose layers mix samples."""
+    for i in range(len(batch["labels"])):
+        yield {k: v[i : i + 1] for k, v in batch.items()}
+
+
+def subset(dataset: Dataset, most: int, seed: int) -> Dataset:
+    """At most `most` rows, drawn with `seed`, in their own order."""
+    if len(dataset) <= most:
+        return dataset
+    chosen = np.random.default_rng(seed).choice(len(dataset), most, replace=False)
+    return dataset.select(np.sort(chosen))
+
+
+def no_grad_unless(wanted: bool) -> Any:
+    """A context in which gradients are recorded only when `wanted`."""
+    return torch.enable_grad() if wanted else torch.no_grad()

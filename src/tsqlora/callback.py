@@ -1,0 +1,109 @@
+"""Dynamic ranks in a `transformers.Trainer`: forwards its events, holds no logic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora.adapter import add_headroom
+from tsqlora.allocation import RankPlan
+from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
+from tsqlora.errors import TrainingError
+from tsqlora.lora_layers import lora_modules
+
+STATE_FILE = "dynamic_rank.json"
+
+
+class DynamicRankCallback(TrainerCallback):
+    """Gives every adapted module some headroom, then moves ranks while the Trainer trains.
+
+    Pass it to the Trainer's constructor, `callbacks=[DynamicRankCallback()]`: room is made before
+    the optimizer exists. Its state goes with every checkpoint and comes back on resume.
+
+    Args:
+        plan: the budget and first ranks; without one, what the adapter holds at the start.
+        headroom: further components each module may grow to.
+        schedule: when ranks move.
+        seed: of the rows that grown components start from.
+        on_moves: called with all reallocations so far whenever there is a new one, and on resume.
+
+    Raises:
+        ModelError: the model has no LoRA adapter.
+        TrainingError: added after the Trainer was built, or never called while training.
+    """
+
+    def __init__(
+        self,
+        plan: RankPlan | None = None,
+        headroom: int = 2,
+        schedule: RankSchedule | None = None,
+        seed: int = 0,
+        on_moves: Callable[[Sequence[Reallocation]], None] | None = None,
+    ) -> None:
+        self.plan, self.headroom, self.schedule, self.seed = plan, headroom, schedule, seed
+        self.on_moves = on_moves
+        self.ranks: DynamicRank | None = None
+        self._ready = False
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make room, before any optimizer or data-parallel wrapper sees the parameters."""
+        model: nn.Module = kwargs["model"]
+        lora_modules(model)
+        add_headroom(model, self.headroom)
+        self._ready = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start, or take up the checkpoint's state."""
+        if not self._ready:
+            raise TrainingError(
+                "DynamicRankCallback came too late: pass it to the Trainer's constructor, "
+                "Trainer(..., callbacks=[DynamicRankCallback()])."
+            )
+        self.ranks = DynamicRank(
+            kwargs["model"], kwargs["optimizer"], state.max_steps, self.plan, self.schedule, self.seed
+        )
+        saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE_FILE
+        if state.global_step:
+            if not saved.exists():
+                raise TrainingError(f"{saved} is missing: this checkpoint holds no dynamic ranks.")
+            self.ranks.load_state_dict(json.loads(saved.read_text(encoding="utf-8")))
+        self._tell()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are there, the optimizer has not stepped yet."""
+        assert self.ranks is not None
+        move = self.ranks.step()
+        if move is not None:
+            self._tell()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the state beside the checkpoint."""
+        assert self.ranks is not None
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            text = json.dumps(self.ranks.state_dict())
+            (folder / STATE_FILE).write_text(text, encoding="utf-8")
+
+    def _tell(self) -> None:
+        if self.on_moves is not None and self.ranks is not None:
+            self.on_moves(self.ranks.history)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing silently does nothing."""
+        if self.ranks is None or (state.global_step and not self.ranks.taken):
+            raise TrainingError("Training ended but DynamicRankCallback never saw a step.")

@@ -1,0 +1,160 @@
+"""The `tsqlora` command: one small function a verb."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tsqlora import __version__
+from tsqlora.config import RunConfig
+from tsqlora.errors import TsqloraError
+
+Result = dict[str, Any]
+
+
+def train(arguments: argparse.Namespace) -> Result:
+    """The whole way: score, plan, train, evaluate, report."""
+    run = _run(arguments)
+    run.train()
+    metrics = run.evaluate()
+    report = run.report()
+    return {
+        "run": str(run.folder.path),
+        "adapter": str(run.folder.adapter),
+        "report": str(report),
+        "metrics": metrics,
+    }
+
+
+def score(arguments: argparse.Namespace) -> Result:
+    """Quality scores only."""
+    run = _run(arguments)
+    scores = run.score()
+    return {
+        "scores": str(run.folder.scores),
+        "samples": len(scores.ids),
+        "wrong_share": None if scores.wrong_share != scores.wrong_share else scores.wrong_share,
+        "verdict": scores.verdict,
+        "effective_samples": scores.effective_samples,
+    }
+
+
+def plan(arguments: argparse.Namespace) -> Result:
+    """Layer sensitivity and the rank plan only."""
+    run = _run(arguments)
+    made = run.plan()
+    return {
+        "plan": str(run.folder.plan),
+        "parameters": made.parameters,
+        "budget": made.budget,
+        "ranks": made.ranks,
+        "rank_pattern": made.rank_pattern(),
+        "alpha_pattern": made.alpha_pattern(),
+    }
+
+
+def evaluate(arguments: argparse.Namespace) -> Result:
+    """Metrics of a finished run."""
+    from tsqlora.pipeline import Run
+
+    run = Run.open(arguments.run)
+    if arguments.data:
+        return run.evaluate_on(arguments.data)
+    return run.evaluate()
+
+
+def export(arguments: argparse.Namespace) -> Result:
+    """The adapter of a finished run in another form."""
+    from tsqlora.pipeline import Run
+
+    return {"exported": str(Run.open(arguments.run).export(arguments.format, Path(arguments.out)))}
+
+
+def report(arguments: argparse.Namespace) -> Result:
+    """report.html again."""
+    from tsqlora.report import write_report
+
+    return {"report": str(write_report(arguments.run))}
+
+
+def demo(arguments: argparse.Namespace) -> Result:
+    """The embedded default: plain LoRA against TsqLoRA on generated support messages."""
+    from tsqlora.demo import run_demo
+
+    return run_demo(Path(arguments.out), seed=arguments.seed)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Verbs and their arguments."""
+    top = argparse.ArgumentParser(
+        prog="tsqlora", description="Sensitivity- and quality-aware low-rank adaptation."
+    )
+    top.add_argument("--version", action="version", version=f"tsqlora {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in (train, score, plan):
+        sub = _verb(verbs, verb)
+        sub.add_argument("config", metavar="CONFIG.yaml")
+        sub.add_argument("--set", action="append", default=[], metavar="section.key=value")
+        sub.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    sub = _verb(verbs, evaluate)
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--data", metavar="F", help="another data file instead of the run's splits")
+    sub = _verb(verbs, export)
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--format", choices=("compact", "padded", "merged"), default="compact")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub = _verb(verbs, report)
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub = _verb(verbs, demo)
+    sub.add_argument("--out", default="runs/demo", metavar="DIR")
+    sub.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Exit status: 0 done, 2 the user's mistake, 130 interrupted, 1 our fault."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tsqlora").setLevel(logging.INFO)
+    verb: Callable[[argparse.Namespace], Result] = globals()[arguments.verb]
+    try:
+        result = verb(arguments)
+    except TsqloraError as error:
+        print(f"tsqlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tsqlora: interrupted; go on with the same command and --resume.", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=2) if arguments.json else _readable(result))
+    return 0
+
+
+def _verb(verbs: Any, function: Callable[[argparse.Namespace], Result]) -> argparse.ArgumentParser:
+    description = (function.__doc__ or "").strip()
+    sub: argparse.ArgumentParser = verbs.add_parser(
+        function.__name__, help=description, description=description
+    )
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    return sub
+
+
+def _run(arguments: argparse.Namespace) -> Any:
+    config = RunConfig.from_yaml(arguments.config, arguments.set)
+    from tsqlora.pipeline import Run
+
+    return Run.start(config, arguments.resume)
+
+
+def _readable(result: Result, indent: str = "") -> str:
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", _readable(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {value:.4g}" if isinstance(value, float) else f"{indent}{key}: {value}")
+    return "\n".join(lines)

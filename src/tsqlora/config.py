@@ -1,0 +1,221 @@
+"""The configuration of a run: YAML in, checked dataclasses, resolved YAML out.
+
+The type hints of the dataclasses are the schema: one reader, `_fit`, checks any value by its hint.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from tsqlora.errors import ConfigError
+
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "matthews_correlation"),
+    "regression": ("pearson", "spearman"),
+    "seq2seq": ("exact_match", "rouge", "bleu"),
+    "causal-lm": ("loss", "perplexity", "exact_match", "rouge", "bleu"),
+}
+"""The metrics of each task."""
+
+MODES = ("upfront",)
+"""The values of quality.mode that work in this release."""
+
+_REFUSED = {
+    "output_dir": "set `output`",
+    "seed": "set the top-level `seed`",
+    "data_seed": "set the top-level `seed`",
+    "remove_unused_columns": "tsqlora keeps the columns it needs; leave it out",
+    "label_names": "tsqlora names the labels; choose their column with `data.target`",
+    "hub_token": "config.yaml is kept in the run folder; set the variable HF_TOKEN instead",
+}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A condition on a value, and how to say it."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+_NOT_EMPTY = _Rule(" that is not empty", bool)
+_Name = Annotated[str, _NOT_EMPTY]
+_Names = Annotated[tuple[_Name, ...], _NOT_EMPTY]
+_Path = Annotated[str, _NOT_EMPTY, os.path.expanduser]
+_Share = Annotated[float, _Rule(" above 0 and at most 1", lambda x: 0 < x <= 1)]
+_Part = Annotated[float, _Rule(" above 0 and below 1", lambda x: 0 < x < 1)]
+_Dropout = Annotated[float, _Rule(" of at least 0 and below 1", lambda x: 0 <= x < 1)]
+_Positive = Annotated[float, _Rule(" above 0", lambda x: x > 0)]
+_Count = Annotated[int, _Rule(" of at least 1", lambda x: x >= 1)]
+_CountOrZero = Annotated[int, _Rule(" of at least 0", lambda x: x >= 0)]
+_Seed = Annotated[int, _Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are, and which columns hold the input and the target.
+
+    `train`, `validation` and `test` are sources as `tsqlora.data.load_dataset` takes them;
+    `validation` may be a fraction of train. `text` is a column, a pair of columns or a template,
+    `target` a column or template, `messages` the column of a chat. `max_length` is in tokens.
+    """
+
+    train: _Path
+    validation: _Path | _Part | None = None
+    test: _Path | None = None
+    text: _Name | tuple[_Name, _Name] | None = None
+    target: _Name | None = None
+    messages: _Name | None = None
+    max_length: _Count = 128
+
+    def _conflicts(self, given: Mapping[str, Any]) -> Iterator[str]:
+        if self.messages is not None and (self.text is not None or self.target is not None):
+            yield "give data.messages, or data.text and data.target, not both"
+        if self.messages is None and self.text is None:
+            yield "data.text is required: a column, a pair of columns or a template (or data.messages)"
+
+
+@dataclass(frozen=True)
+class QualityWeights:
+    """The weights α₁, α₂, α₃ of the three terms of quality."""
+
+    gradient_norm: float = 1.0
+    loss_reduction: float = 1.0
+    convergence: float = 1.0
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """How samples are scored and drawn.
+
+    `fraction` of the pool is kept, or drawn each epoch. `reference` is a source of trusted samples,
+    or the word validation. `adapt_steps` optimizer steps of brief adaptation come before scoring.
+    """
+
+    fraction: _Share = 0.5
+    weights: QualityWeights = QualityWeights()
+    temperature: _Positive = 1.0
+    preset: Literal["default", "paper"] = "default"
+    reference: _Path | None = None
+    mode: Literal["upfront", "online"] = "upfront"
+    adapt_steps: _CountOrZero = 48
+
+    def _conflicts(self, given: Mapping[str, Any]) -> Iterator[str]:
+        if self.mode == "online" and self.mode not in MODES:
+            yield "quality.mode: online is not available yet; use upfront"
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """The budget of ranks, as a mean rank or as an exact number of parameters, and its bounds.
+
+    `parameters` replaces the default `mean_rank`.
+    """
+
+    mean_rank: _Positive | None = 8
+    parameters: _Count | None = None
+    min_rank: _CountOrZero = 0
+    max_rank: _Count = 32
+    sensitivity: Literal["weight_gradient", "fisher", "hessian"] = "weight_gradient"
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.parameters is not None and self.mean_rank == type(self).mean_rank:
+            object.__setattr__(self, "mean_rank", None)
+
+    def _conflicts(self, given: Mapping[str, Any]) -> Iterator[str]:
+        low, mean, high = self.min_rank, self.mean_rank, self.max_rank
+        if given.get("mean_rank") is not None and given.get("parameters") is not None:
+            yield "give ranks.mean_rank or ranks.parameters, not both: set the other to null"
+        elif mean is None and self.parameters is None:
+            yield "ranks.mean_rank or ranks.parameters is required: both are null"
+        if low > high:
+            yield f"ranks.min_rank ({low}) must not exceed ranks.max_rank ({high})"
+        elif mean is not None and not low <= mean <= high:
+            yield f"ranks.mean_rank ({mean}) must lie from min_rank ({low}) to max_rank ({high})"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which modules are adapted or trained whole; `scale` is alpha / r, the same everywhere."""
+
+    target_modules: _Name | _Names = "all-linear"
+    modules_to_save: tuple[_Name, ...] = ()
+    scale: _Positive = 2.0
+    dropout: _Dropout = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run needs: model, task, data, method and training.
+
+    However it is made it is checked as a whole, and `from_yaml` of its `to_yaml` is equal to it.
+    `training` holds keys of `transformers.TrainingArguments`, `metrics` None the task's own metrics.
+
+    Raises:
+        ConfigError: everything that is wrong, in one message.
+    """
+
+    model: _Path
+    tokenizer: _Path | None = None
+    target_tokenizer: _Path | None = None
+    task: Literal["classification", "regression", "seq2seq", "causal-lm"]
+    data: DataConfig
+    quality: QualityConfig = QualityConfig()
+    ranks: RanksConfig = RanksConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    metrics: _Names | None = None
+    training: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    output: _Path
+    seed: _Seed = 0
+
+    def __post_init__(self) -> None:
+        values, problems = _checked(self.to_dict())
+        if problems:
+            raise ConfigError.of(problems)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> RunConfig:
+        """The configuration that a mapping of the YAML's shape describes."""
+        values, problems = _checked(mapping)
+        if problems:
+            raise ConfigError.of(problems)
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read a YAML file; each of `overrides` is `section.key=value`, its value YAML."""
+        mapping = _load(Path(path).expanduser())
+        for override in overrides:
+            _override(mapping, override)
+        values, problems = _checked(mapping)
+        if problems:
+            raise ConfigError.of([f"{path}: {problem}" for problem in problems])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, all defaults written out, in the order of the documented schema."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; as a file it replays the run."""
+        text = _dump(self.to_dict(), allow_unicode=True)
+        # PyYAML writes U+0085 as it stands, and reads it as a line break.
+        return _dump(self.to_dict(), allow_unicode=False) if "\x85" in text else text
+
+    def _conflicts(self) -> Iterator[str]:
+        return iter(())

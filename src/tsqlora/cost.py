@@ -1,0 +1,77 @@
+"""What a run cost, stage by stage, in seconds and in sample passes, kept in `metrics.json`.
+
+A pass is one sample through forward and backward; a forward alone counts ½, since the base is
+frozen and so backward costs about one forward.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tsqlora.run_folder import RunFolder
+
+
+@contextmanager
+def counted(folder: RunFolder, stage: str, passes: float, going_on: bool = False) -> Iterator[None]:
+    """Add the seconds spent inside to `stage`, and its passes once it is through.
+
+    `going_on`: the stage continues what an interrupted run began, whose seconds count too.
+    """
+    stages = _stages(folder)
+    before = stages.get(stage, {}).get("seconds", 0.0) if going_on else 0.0
+    started = time.perf_counter()
+    done = 0.0
+    try:
+        yield
+        done = passes
+    finally:
+        seconds = before + time.perf_counter() - started
+        stages[stage] = {"seconds": round(seconds, 3), "passes": done}
+        folder.update_metrics({"cost": _cost(folder, stages)})
+
+
+def record_parameters(folder: RunFolder, parameters: int) -> None:
+    """Note how many parameters were trained: the plan's and modules_to_save."""
+    cost = _read(folder)
+    folder.update_metrics({"cost": {**cost, "trainable_parameters": parameters}})
+
+
+def _cost(folder: RunFolder, stages: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def total(key: str, of: bool) -> float:
+        return round(sum(v[key] for stage, v in stages.items() if (stage == "training") == of), 3)
+
+    old = _read(folder)
+    return {
+        "scoring_seconds": total("seconds", False),
+        "training_seconds": total("seconds", True),
+        "scoring_passes": total("passes", False),
+        "training_passes": total("passes", True),
+        "peak_memory_bytes": max(peak_memory(), old.get("peak_memory_bytes") or 0),
+        "trainable_parameters": old.get("trainable_parameters"),
+        "stages": stages,
+    }
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    if not folder.metrics.exists():
+        return {}
+    cost = json.loads(folder.metrics.read_text(encoding="utf-8")).get("cost", {})
+    return dict(cost)
+
+
+def _stages(folder: RunFolder) -> dict[str, dict[str, float]]:
+    return dict(_read(folder).get("stages", {}))
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak where there is one, else the process's resident peak."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,141 @@
+"""How likely each sample's target is right, from its loss alone. NumPy and scikit-learn only.
+
+A *permutation null* shows what a wrong target costs under the present model: the losses of inputs
+with other samples' targets. u_i is the share of null losses (of the same group: the class, so that
+a model that only knows the class frequencies looks like what it is) below sample i's loss. If the
+target is wrong, u_i is uniform on [0, 1]; if it is right, u_i lies near 0. So in the pool
+
+    f(u) = (1 - π) f₁(u) + ρ · 1,        c(u) = P(right | u) = 1 - ρ / f(u)
+
+with f₁ the density of right targets (the local false discovery rate of Efron 2001, with Storey's
+2002 estimate of ρ from the upper half, where right targets do not reach). The null itself is made
+of targets one of which may happen to be right: with C classes and a share π of wrong labels
+ρ = π / (1 - π / (C - 1)), which is solved for π.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+BINS = 20
+"""Bins of u; each holds 5 % of the null."""
+ENOUGH = 40
+"""Below so many samples (or null losses of a group) nothing is said."""
+STEEPEST = 1.6
+"""Above this ratio of f between the third and the last quarter of u, right targets reach into the
+null's range: the model does not know the task well enough for its losses to judge the targets."""
+
+
+@dataclass(frozen=True)
+class Credibility:
+    """The verdict on a pool.
+
+    Attributes:
+        values: c_i in [0, 1] (N); all 1 where nothing is known or nothing is wrong.
+        wrong_share: π̂, the estimated share of wrong targets; NaN where not known.
+        verdict: one sentence for the user.
+    """
+
+    values: Floats
+    wrong_share: float
+    verdict: str
+
+    @property
+    def known(self) -> bool:
+        """Whether the losses allow a judgement."""
+        return not np.isnan(self.wrong_share)
+
+
+def null_percentiles(loss: Floats, group: Ints, null_loss: Floats, null_group: Ints) -> Floats:
+    """u_i (N): the share of null losses of sample i's group below its loss, ties counted half.
+
+    Groups with fewer than `ENOUGH` null losses are judged against the whole null.
+    """
+    result = _percentile(loss, np.sort(null_loss))
+    for value in np.unique(group):
+        null = np.sort(null_loss[null_group == value])
+        if len(null) >= ENOUGH:
+            result[group == value] = _percentile(loss[group == value], null)
+    return result
+
+
+def _percentile(loss: Floats, null: Floats) -> Floats:
+    below, upto = np.searchsorted(null, loss, "left"), np.searchsorted(null, loss, "right")
+    return (below + upto) / (2 * max(len(null), 1))
+
+
+def from_null(u: Floats, classes: int | None = None) -> Credibility:
+    """Credibility from the permutation null alone, with no trusted sample.
+
+    `classes` is C for classification, None where a permuted target is never right by chance.
+    Nothing is judged (c = 1) when there are too few samples, when f is not flat over the upper
+    half of u, or when the pool looks like the null itself: then the model cannot know.
+    """
+    if len(u) < ENOUGH:
+        return _unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
+    third, last = np.mean((u > 0.5) & (u <= 0.75)) * 4, np.mean(u > 0.75) * 4
+    noise = 2 * np.sqrt(4 * max(last, 4 / len(u)) / len(u))
+    if third > STEEPEST * last + 2 * noise and third > 0.1:
+        return _unknown(u, "sound but hard samples cannot be told from wrong ones yet")
+    density = float(np.mean(u > 0.5) * 2)
+    share = _share(density, classes)
+    if density > 0.85:
+        return _unknown(u, "the model does not know the task yet: targets look like permuted ones")
+    if density < max(0.02, 3 / len(u)):
+        return Credibility(np.ones(len(u)), share, "no sign of wrong targets")
+    values = np.clip(1 - density / _decreasing_density(u), 0, 1)
+    return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+
+
+def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -> Credibility:
+    """Credibility where trusted samples show what right targets cost: f₁ is their density of u.
+
+    ρ maximises the likelihood of the pool under (1 - ρ) f₁ + ρ; it counts only when the gain over
+    ρ = 0 is significant (2 ΔlogL > 6.6). A reference that is itself dirty by the null is not
+    believed, nor is one of fewer than `ENOUGH` samples: then the null alone judges.
+    """
+    by_null = from_null(reference_u, classes)
+    if len(reference_u) < ENOUGH or (by_null.known and by_null.wrong_share > 0.05):
+        return from_null(u, classes)
+    trusted = _histogram(reference_u, prior=0.5)
+    counts = np.histogram(u, BINS, (0, 1))[0]
+    grid = np.linspace(0, 0.95, 191)[:, None]
+    likelihood = (counts * np.log((1 - grid) * trusted + grid / BINS)).sum(1)
+    best = int(likelihood.argmax())
+    if 2 * (likelihood[best] - likelihood[0]) < 6.6:
+        return Credibility(np.ones(len(u)), 0.0, "no sign of wrong targets beside the reference")
+    density = float(grid[best, 0])
+    share = _share(density, classes)
+    mixture = (1 - density) * trusted + density / BINS
+    by_bin = IsotonicRegression(increasing=False).fit_transform(
+        np.arange(BINS), (1 - density) * trusted / mixture, sample_weight=np.maximum(counts, 1)
+    )
+    values = by_bin[np.minimum((u * BINS).astype(int), BINS - 1)]
+    return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+
+
+def _unknown(u: Floats, why: str) -> Credibility:
+    return Credibility(np.ones(len(u)), float("nan"), f"targets are not judged: {why}")
+
+
+def _share(density: float, classes: int | None) -> float:
+    return density if classes is None else density / (1 + density / max(classes - 1, 1))
+
+
+def _histogram(u: Floats, prior: float = 0.0) -> Floats:
+    counts = np.histogram(u, BINS, (0, 1))[0] + prior
+    return counts / counts.sum()
+
+
+def _decreasing_density(u: Floats) -> Floats:
+    """f(u_i) under the shape constraint that f decreases (Grenander 1956), from a histogram."""
+    heights = _histogram(u) * BINS
+    fitted = IsotonicRegression(increasing=False).fit_transform(np.arange(BINS), heights)
+    return np.maximum(fitted[np.minimum((u * BINS).astype(int), BINS - 1)], 1e-12)

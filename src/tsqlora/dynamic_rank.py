@@ -1,0 +1,255 @@
+"""When ranks move, and which components: the plan made again from what training shows.
+
+Over a short window before each reallocation two things are averaged from the gradients that the
+backward has left, at no cost beyond some sums:
+
+- importance of component j of module m: |⟨B_j, ∇B_j⟩|, the first-order loss change of removing it
+  (as AdaLoRA's |w·g|, arXiv 2303.10512, for the component as a whole);
+- demand of module m: the mean over its components of ‖∇B_j‖² / ‖A_j‖², an estimate of what the
+  loss would gain in a fresh direction, since ∇B_j = s·∇W A_jᵀ.
+
+A new target plan is allocated within the same budget in proportion to √(planned rank · √demand
+share); the least important components of modules above their target are pruned and modules below
+it grow, at most `move_share` of the budget at once. Ranks freeze after the last reallocation.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tsqlora.adapter import active, active_ranks, grow, prune
+from tsqlora.allocation import RankPlan, allocate_ranks
+from tsqlora.errors import TrainingError
+from tsqlora.lora_layers import LoraModule, lora_modules
+from tsqlora.sensitivity import LayerSensitivity
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """Reallocations at equal distances between `start` and `end`, as parts of the training.
+
+    Attributes:
+        start, end: parts of the total steps; outside, ranks stand still.
+        moves: how many reallocations.
+        window: steps before each over which gradients are averaged.
+        move_share: the most of the budget that moves at once.
+    """
+
+    start: float = 0.1
+    end: float = 0.6
+    moves: int = 5
+    window: int = 8
+    move_share: float = 0.1
+
+    def steps(self, total: int) -> list[int]:
+        """The 1-based steps at which ranks move, all different, none in the last part."""
+        span = (self.end - self.start) / max(self.moves - 1, 1)
+        raw = {round(total * (self.start + span * i)) for i in range(self.moves)}
+        return sorted(step for step in raw if 1 <= step < total)
+
+
+@dataclass(frozen=True)
+class Reallocation:
+    """One move of ranks: a line of `ranks.jsonl`."""
+
+    step: int
+    ranks: dict[str, int]
+    pruned: dict[str, int]
+    grown: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `ranks.jsonl`."""
+        return {"step": self.step, "ranks": self.ranks, "pruned": self.pruned, "grown": self.grown}
+
+
+class DynamicRank:
+    """Moves ranks while training, within the budget at every step.
+
+    In a loop of one's own::
+
+        ranks = DynamicRank(model, optimizer, total_steps=n)
+        loss.backward(); ranks.step(); optimizer.step(); optimizer.zero_grad()
+
+    Attributes:
+        budget: the adapter parameters never exceeded: the plan's, or what is active at the start.
+        history: every reallocation so far.
+
+    Raises:
+        ModelError: the model has no LoRA adapter.
+        TrainingError: the optimizer does not train the factors, or total_steps < 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_steps: int,
+        plan: RankPlan | None = None,
+        schedule: RankSchedule | None = None,
+        seed: int = 0,
+    ) -> None:
+        if total_steps < 1:
+            raise TrainingError(f"total_steps = {total_steps}: dynamic ranks need to know the length.")
+        self.modules = lora_modules(model)
+        self.optimizer, self.seed = optimizer, seed
+        self.schedule = schedule or RankSchedule()
+        self.moves_at = self.schedule.steps(total_steps)
+        self.taken = 0
+        self.history: list[Reallocation] = []
+        _check_trained(self.modules, optimizer)
+        shapes = {m.name: m.shape for m in self.modules}
+        ranks = plan.adapted if plan is not None else active_ranks(model)
+        self.planned = {name: ranks.get(name, 0) for name in shapes}
+        self.budget = sum(rank * sum(shapes[name]) for name, rank in self.planned.items())
+        self._clear()
+
+    def step(self) -> Reallocation | None:
+        """Look at the gradients; move ranks when it is time. Call after backward, before the
+        optimizer's step. Returns what moved, or None.
+
+        Raises:
+            TrainingError: no factor has a gradient.
+        """
+        self.taken += 1
+        coming = next((s for s in self.moves_at if s >= self.taken), None)
+        if coming is None or self.taken <= coming - self.schedule.window:
+            return None
+        self._observe()
+        return self._reallocate() if self.taken == coming else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the weights; JSON-able."""
+        return {
+            "taken": self.taken,
+            "observed": self._observed,
+            "importance": {n: v.tolist() for n, v in self._importance.items()},
+            "demand": dict(self._demand),
+            "history": [move.to_dict() for move in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was taken."""
+        self.taken, self._observed = state["taken"], state["observed"]
+        self._importance = {
+            n: torch.tensor(v, dtype=torch.float64) for n, v in state["importance"].items()
+        }
+        self._demand = dict(state["demand"])
+        self.history = [Reallocation(**move) for move in state["history"]]
+
+    def _clear(self) -> None:
+        self._observed = 0
+        self._importance = {
+            m.name: torch.zeros(m.rank, dtype=torch.float64) for m in self.modules
+        }
+        self._demand = dict.fromkeys(self._importance, 0.0)
+
+    def _observe(self) -> None:
+        gradients = [m.b.weight.grad for m in self.modules]
+        if all(gradient is None for gradient in gradients):
+            raise TrainingError(
+                "No LoRA factor has a gradient: call DynamicRank.step() after backward and before "
+                "optimizer.step(), and see that the adapter is trainable."
+            )
+        self._observed += 1
+        for module, gradient in zip(self.modules, gradients, strict=True):
+            if gradient is None:
+                continue
+            alive = active(module)
+            inner = (module.b.weight.detach() * gradient).sum(0).abs()
+            self._importance[module.name] += inner.double().cpu()
+            if alive.any():
+                rows = module.a.weight.detach()[alive].square().sum(1)
+                ratio = gradient[:, alive].square().sum(0) / rows
+                self._demand[module.name] += float(ratio.mean())
+
+    def _reallocate(self) -> Reallocation | None:
+        current = {m.name: int(active(m).sum()) for m in self.modules}
+        target = self._target(current)
+        pruned, freed = self._prune_above(current, target)
+        grown = self._grow_below(current, target, freed)
+        self._clear()
+        if not pruned and not grown:
+            return None
+        ranks = {m.name: int(active(m).sum()) for m in self.modules}
+        move = Reallocation(self.taken, ranks, pruned, grown)
+        self.history.append(move)
+        return move
+
+    def _target(self, current: dict[str, int]) -> dict[str, int]:
+        """The plan made again: weights √(planned rank · √demand share), caps the physical ranks."""
+        total = sum(self._demand.values()) or 1.0
+        weights = {
+            name: (self.planned[name] * (self._demand[name] / total) ** 0.5) ** 0.5 for name in current
+        }
+        shapes = {m.name: m.shape for m in self.modules if weights[m.name] > 0}
+        if not shapes:
+            return current
+        fixed = sum(current[m.name] * sum(m.shape) for m in self.modules if m.name not in shapes)
+        sensitivity = LayerSensitivity("demand", {n: weights[n] for n in shapes}, shapes)
+        most = {m.name: m.rank for m in self.modules}
+        plan = allocate_ranks(sensitivity, parameters=self.budget - fixed, max_rank=max(most.values()))
+        wanted = {name: min(max(rank, 1), most[name]) for name, rank in plan.ranks.items()}
+        return {**current, **wanted}
+
+    def _prune_above(
+        self, current: dict[str, int], target: dict[str, int]
+    ) -> tuple[dict[str, int], int]:
+        """Prune the least important components over target, most `move_share` of the budget."""
+        candidates = []
+        for module in self.modules:
+            over = current[module.name] - target[module.name]
+            alive = active(module).cpu().nonzero().flatten().tolist()
+            scores = self._importance[module.name]
+            for component in sorted(alive, key=lambda j: (float(scores[j]), j))[: max(over, 0)]:
+                value = float(scores[component]) / sum(module.shape)
+                candidates.append((value, module.name, component, module))
+        freed, pruned = 0, dict[str, int]()
+        for _, name, component, module in sorted(candidates, key=lambda c: c[:3]):
+            if freed + sum(module.shape) > self.schedule.move_share * self.budget:
+                break
+            prune(module, [component], self.optimizer)
+            freed += sum(module.shape)
+            pruned[name] = pruned.get(name, 0) + 1
+        return pruned, freed
+
+    def _grow_below(
+        self, current: dict[str, int], target: dict[str, int], freed: int
+    ) -> dict[str, int]:
+        """Grow modules below target, the furthest below first, within budget."""
+        used = sum(current[m.name] * sum(m.shape) for m in self.modules) - freed
+        left = min(self.budget - used, max(freed, int(self.schedule.move_share * self.budget)))
+        grown: dict[str, int] = {}
+        wanting = [m for m in self.modules if target[m.name] > current[m.name]]
+        while wanting:
+            wanting.sort(key=lambda m: (-(target[m.name] - current[m.name] - grown.get(m.name, 0)), m.name))
+            module = wanting[0]
+            free = (~active(module)).nonzero().flatten().tolist()
+            short = target[module.name] - current[module.name] - grown.get(module.name, 0)
+            if not free or short <= 0 or sum(module.shape) > left:
+                wanting.pop(0)
+                continue
+            grow(module, free[:1], self.optimizer, self._generator(module, free[0]))
+            left -= sum(module.shape)
+            grown[module.name] = grown.get(module.name, 0) + 1
+        return grown
+
+    def _generator(self, module: LoraModule, component: int) -> torch.Generator:
+        text = f"{self.seed}/{self.taken}/{module.name}/{component}"
+        return torch.Generator().manual_seed(zlib.crc32(text.encode()))
+
+
+def _check_trained(modules: list[LoraModule], optimizer: Optimizer) -> None:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [m.name for m in modules if not {id(m.a.weight), id(m.b.weight)} <= trained]
+    if missing:
+        raise TrainingError(
+            f"The optimizer does not train the LoRA factors of {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ": make the optimizer after get_peft_model, over the trainable parameters."
+        )

@@ -1,0 +1,261 @@
+"""What PEFT's LoRA layers look like inside: the only module that reads their attributes.
+
+Shape letters, here and in every module that touches tensors: N samples, T positions, r rank,
+`in` and `out` the widths of a target module, whose factors are A (r, in) and B (out, r).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from tsqlora.errors import ModelError
+from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
+
+PEFT_TASK_TYPES = {
+    CLASSIFICATION: "SEQ_CLS",
+    REGRESSION: "SEQ_CLS",
+    SEQ2SEQ: "SEQ_2_SEQ_LM",
+    CAUSAL_LM: "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted module and its two factors: y = base(x) + scale · B A x."""
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def a(self) -> nn.Linear:
+        """The module that holds A (r, in)."""
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def b(self) -> nn.Linear:
+        """The module that holds B (out, r)."""
+        return self.layer.lora_B[self.adapter]
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen module that is adapted."""
+        return self.layer.get_base_layer()
+
+    @property
+    def scale(self) -> float:
+        """The factor before B A."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, whether they are zero or not."""
+        return int(self.a.weight.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the adapted module."""
+        return int(self.b.weight.shape[0]), int(self.a.weight.shape[1])
+
+    def set_rank(self, rank: int) -> None:
+        """Tell PEFT the physical rank; the scale alpha / r stays as it is."""
+        scale = self.scale
+        self.layer.r[self.adapter] = rank
+        self.layer.lora_alpha[self.adapter] = scale * rank
+        self.a.out_features = self.b.in_features = rank
+
+
+def lora_modules(model: nn.Module) -> list[LoraModule]:
+    """Every module that the active LoRA adapter of `model` adapts, in the model's order.
+
+    Raises:
+        ModelError: no LoRA adapter, several active, or a kind of layer whose gradient is not
+            covered (DoRA and other variants, embeddings, expert parameters).
+    """
+    found, problems = [], []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        active = [a for a in layer.active_adapters if a in layer.r]
+        if len(active) > 1:
+            problems.append(f"{name}: {len(active)} adapters are active at once; activate one")
+        elif active:
+            problems += _unsupported(name, layer, active[0])
+            found.append(LoraModule(_base_name(name), layer, active[0]))
+    if problems:
+        raise ModelError.of(problems)
+    if not found:
+        raise ModelError(
+            "The model has no active LoRA adapter: wrap it with "
+            "peft.get_peft_model(model, tsqlora.lora_config(plan)) first."
+        )
+    return found
+
+
+def _unsupported(name: str, layer: LoraLayer, adapter: str) -> list[str]:
+    if layer.lora_variant.get(adapter) is not None:
+        variant = type(layer.lora_variant[adapter]).__name__
+        return [f"{name}: {variant} (such as use_dora) is not supported; use plain LoRA or rsLoRA"]
+    if not isinstance(layer, LoraLinear) and not type(layer).__name__.startswith("Linear"):
+        return [f"{name}: {type(layer).__name__} is not supported; leave it out of target_modules"]
+    return []
+
+
+def _base_name(name: str) -> str:
+    """The module's name in the model that was adapted, without PEFT's own prefix."""
+    return name.removeprefix("base_model.model.")
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether any module of `model` carries LoRA factors."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The factors A and B of every adapted module, A before B, in the model's order."""
+    return [p for m in lora_modules(model) for p in (m.a.weight, m.b.weight)]
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The weight of a target module as (out, in), dequantised where it is quantised."""
+    weight = module.weight
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(module)
+    transposed = type(module).__name__ == "Conv1D"
+    return weight.detach().T if transposed else weight.detach()
+
+
+def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`get_peft_model` whose complaints are a `ModelError` naming what can be targeted."""
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, KeyError) as error:
+        kinds = sorted({n.rsplit(".", 1)[-1] for n in linear_names(model)})
+        raise ModelError(
+            f"adapter.target_modules = {_shown(config.target_modules)} cannot be adapted in "
+            f"{type(model).__name__}: {str(error).splitlines()[0]} Linear modules there end in: "
+            f"{', '.join(kinds) or 'none'}; or use all-linear."
+        ) from error
+
+
+HEADS = ("classifier", "score")
+"""Modules that transformers puts on top of an encoder or decoder for a classification."""
+EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+"""Leaf names that PEFT turns into expert parameters in a mixture of experts."""
+
+
+def resolve_targets(
+    model: nn.Module, kind: str, target_modules: str | Sequence[str]
+) -> str | list[str]:
+    """`all-linear` as explicit names; anything else as it is, for PEFT to match.
+
+    All linear modules but the output embedding and a classification head. In a mixture of experts,
+    whose experts are stacked parameters without per-sample gradients, only what lies outside them.
+    """
+    if not isinstance(target_modules, str):
+        return list(target_modules)
+    if target_modules != "all-linear":
+        return target_modules
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    excluded = [n for n, m in model.named_modules() if output is not None and m is output]
+    if kind in (CLASSIFICATION, REGRESSION):
+        excluded += HEADS
+    names = [n for n in linear_names(model) if not any(_within(n, e) for e in excluded)]
+    if any("experts" in n and p.dim() == 3 for n, p in model.named_parameters()):
+        names = [n for n in names if n.rsplit(".", 1)[-1] not in EXPERT_NAMES]
+    return names
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear modules (nn.Linear and GPT-2's Conv1D)."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+
+
+def _shown(targets: object) -> str:
+    return targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))  # type: ignore[call-overload]
+
+
+@contextmanager
+def temporary_adapter(
+    model: nn.Module,
+    kind: str,
+    rank: int = 8,
+    scale: float = 2.0,
+    target_modules: str | Sequence[str] = "all-linear",
+) -> Iterator[PeftModel]:
+    """`model` under a fresh LoRA adapter (B = 0) that is gone afterwards, base weights untouched.
+
+    A classification head gets a trainable copy (PEFT's modules_to_save); the original comes back
+    bit-equal, as do `requires_grad` of every parameter and the training mode.
+    """
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = model.training
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]
+        target_modules=resolve_targets(model, kind, target_modules),
+        task_type=PEFT_TASK_TYPES[kind],
+    )
+    adapted = wrap(model, config)
+    originals = _saved_originals(model)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        for name, original in originals.items():
+            model.set_submodule(name, original)
+        _forget_peft(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+        model.train(training)
+
+
+def _saved_originals(model: nn.Module) -> dict[str, nn.Module]:
+    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    return {name: wrapper.original_module for name, wrapper in wrappers.items()}
+
+
+def _forget_peft(model: nn.Module) -> None:
+    for attribute in ("peft_config", "_peft_is_base_adapter", "active_adapter"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)
+
+
+def trainable_state(model: PeftModel) -> dict[str, Tensor]:
+    """A copy of every trainable tensor by its full name: factors and modules_to_save."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable_state(model: PeftModel, state: dict[str, Tensor]) -> None:
+    """Put `trainable_state` back, in place.
+
+    Raises:
+        ModelError: names or shapes differ from the model's.
+    """
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in state.items()}:
+        raise ModelError("The saved adapter does not fit this model: names or shapes differ.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def clone_config(config: LoraConfig) -> LoraConfig:
+    """An independent copy of an adapter's configuration."""
+    return copy.deepcopy(config)

@@ -1,0 +1,276 @@
+"""Measurements of every sample to its quality score and probability. NumPy only, no torch.
+
+Symbols as in docs/method.md: gᵢ the gradient of the mean token loss of sample i in the LoRA
+factors, sketched to a few hundred numbers; θ the factors; η or ρ a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
+
+from tsqlora.config import QualityConfig
+from tsqlora.credibility import Credibility, from_null, from_reference, null_percentiles
+from tsqlora.errors import RunError
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+CLIP = 3.0
+"""Robust z-scores beyond this count as this."""
+UNIFORM_SHARE = 0.1
+"""Share of the draw that ignores the quality score (never the credibility)."""
+CREDIBLE = 0.5
+"""Samples more likely wrong than right are drawn last (preset `default`)."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What one pass over a pool of N samples measured.
+
+    Attributes:
+        ids: stable sample ids (N).
+        loss: ℓ_i (N).
+        gradient_norm: ‖g_i‖₂ (N).
+        loss_reduction: ℓ_i(θ) - ℓ_i(θ - η_i g_i) (N), NaN where not measured.
+        sketch: random projections of g_i (N, k); k = 0 where not measured.
+        length: target tokens (N).
+        group: class label (N), or 0 for all.
+        null_loss: losses of inputs with other samples' targets (M), M = 0 where there are none.
+        null_group: the class those targets name (M).
+        classes: C for classification, else None.
+    """
+
+    ids: Ints
+    loss: Floats
+    gradient_norm: Floats
+    loss_reduction: Floats
+    sketch: Floats
+    length: Ints
+    group: Ints
+    null_loss: Floats
+    null_group: Ints
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class QualityScores:
+    """The score of every sample, as the columns of `scores.parquet`, each of length N.
+
+    `gradient_norm`, `loss_reduction` and `convergence` are the raw terms; `quality` is Q_i,
+    `probability` p_i (adds up to 1), `selected` the seeded draw of the first epoch.
+    """
+
+    ids: Ints
+    loss: Floats
+    gradient_norm: Floats
+    loss_reduction: Floats
+    convergence: Floats
+    credibility: Floats
+    quality: Floats
+    probability: Floats
+    selected: NDArray[np.bool_]
+    wrong_share: float = field(default=float("nan"), compare=False)
+    verdict: str = field(default="", compare=False)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write one row a sample: `id`, then the other columns under their own names."""
+        columns = {_column(name): getattr(self, name) for name in _COLUMNS}
+        table = pa.table(columns).replace_schema_metadata(
+            {"wrong_share": repr(float(self.wrong_share)), "verdict": self.verdict}
+        )
+        pq.write_table(table, path)
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> QualityScores:
+        """Read what `to_parquet` wrote.
+
+        Raises:
+            RunError: the file is missing or lacks a column.
+        """
+        try:
+            table = pq.read_table(path)
+            arrays = {name: table[_column(name)].to_numpy() for name in _COLUMNS}
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise RunError(f"{path} holds no quality scores ({error}): run `tsqlora score`.") from error
+        notes = table.schema.metadata or {}
+        return cls(
+            **arrays,
+            wrong_share=float(notes.get(b"wrong_share", b"nan")),
+            verdict=notes.get(b"verdict", b"").decode(),
+        )
+
+    @property
+    def effective_samples(self) -> float:
+        """1 / Σ p_i², Kish's effective sample size of the draw, between 1 and N."""
+        return float(1 / np.square(self.probability).sum())
+
+
+_COLUMNS = [f.name for f in fields(QualityScores) if f.name not in ("wrong_share", "verdict")]
+
+
+def _column(name: str) -> str:
+    return "id" if name == "ids" else name
+
+
+def quality_scores(
+    pool: Measurements,
+    config: QualityConfig,
+    reference: Measurements | None = None,
+) -> QualityScores:
+    """Q_i = α₁‖g_i‖ + α₂Δℓ_i + α₃ΔC_i and p_i = exp(Q_i/τ) / Σ exp(Q_j/τ) (TsqLoRA §3).
+
+    Preset `paper` is the literal sum, ΔC_i the cosine with the pool's mean gradient. Preset
+    `default` puts each term on a robust scale, takes their weighted mean, and draws
+    p_i ∝ c_i·exp(Q_i/τ) among the credible, mixed with a little uniform; with `reference`
+    (trusted samples) ΔC is the cosine with their mean gradient and they calibrate c. `selected` is
+    left all true: `select` marks the draw.
+    """
+    if config.preset == "paper":
+        convergence = cosine(pool.sketch, pool.sketch.mean(0))
+        credible = Credibility(np.ones(len(pool.ids)), float("nan"), "not judged by preset paper")
+        terms = [pool.gradient_norm, pool.loss_reduction, convergence]
+        quality = _weighted(terms, config)
+        probability = softmax(quality / config.temperature)
+    else:
+        convergence = convergence_terms(pool, reference)
+        credible = credibility(pool, reference)
+        terms = default_terms(pool, convergence)
+        quality = np.clip(_weighted(terms, config) / _total_weight(config), -CLIP, CLIP)
+        probability = tempered(quality, credible.values, config.temperature)
+    return QualityScores(
+        ids=pool.ids,
+        loss=pool.loss,
+        gradient_norm=pool.gradient_norm,
+        loss_reduction=pool.loss_reduction,
+        convergence=convergence,
+        credibility=credible.values,
+        quality=quality,
+        probability=probability,
+        selected=np.ones(len(pool.ids), dtype=bool),
+        wrong_share=credible.wrong_share,
+        verdict=credible.verdict,
+    )
+
+
+def default_terms(pool: Measurements, convergence: Floats) -> list[Floats]:
+    """The three terms of preset `default` as robust z-scores; log ‖g‖ free of its trend in length."""
+    return [
+        robust_z(without_trend(np.log(pool.gradient_norm + 1e-12), np.log(pool.length))),
+        robust_z(pool.loss_reduction),
+        robust_z(convergence),
+    ]
+
+
+def credibility(pool: Measurements, reference: Measurements | None = None) -> Credibility:
+    """c_i by the permutation null, or by the reference where there is one (see `credibility.py`)."""
+    if len(pool.null_loss) == 0:
+        return Credibility(
+            np.ones(len(pool.ids)), float("nan"), "targets are not judged: no wrong ones to compare"
+        )
+    null = (pool.null_loss, pool.null_group)
+    u = null_percentiles(pool.loss, pool.group, *null)
+    if reference is None:
+        return from_null(u, pool.classes)
+    return from_reference(u, null_percentiles(reference.loss, reference.group, *null), pool.classes)
+
+
+def convergence_terms(pool: Measurements, reference: Measurements | None = None) -> Floats:
+    """ΔC_i (N): the cosine of g_i with the mean unit gradient it should agree with.
+
+    With a reference: the mean over the reference. Without: the mean over the *other* samples of the
+    same class (leave one out), or, where there are no classes, of the same k-means cluster of
+    sketches. NaN where nothing was sketched.
+    """
+    if pool.sketch.shape[1] == 0:
+        return np.full(len(pool.ids), np.nan)
+    if reference is not None:
+        return cosine(pool.sketch, unit(reference.sketch).mean(0))
+    groups = pool.group if pool.classes is not None else clusters(pool.sketch)
+    result = np.zeros(len(pool.ids))
+    for value in np.unique(groups):
+        members = groups == value
+        units = unit(pool.sketch[members])
+        result[members] = row_cosine(units, units.sum(0) - units)
+    return result
+
+
+def clusters(sketch: Floats, most: int = 8, smallest: int = 50) -> Ints:
+    """Seeded k-means clusters (N) of unit sketches, k = min(most, N // smallest), at least 1."""
+    count = max(1, min(most, len(sketch) // smallest))
+    if count == 1:
+        return np.zeros(len(sketch), dtype=np.int64)
+    model = MiniBatchKMeans(count, random_state=0, n_init=3)
+    return model.fit_predict(unit(sketch).astype(np.float64))  # type: ignore[no-any-return]
+
+
+def robust_z(values: Floats) -> Floats:
+    """(x - median) / (1.4826 · median absolute deviation), clipped to ±3; 0 where x is not finite."""
+    finite = values[np.isfinite(values)]
+    if len(finite) == 0:
+        return np.zeros(len(values))
+    centre = np.median(finite)
+    spread = 1.4826 * np.median(np.abs(finite - centre)) or np.std(finite) or 1.0
+    return np.nan_to_num(np.clip((values - centre) / spread, -CLIP, CLIP), nan=0.0)
+
+
+def without_trend(values: Floats, of: Floats) -> Floats:
+    """The residual of the least-squares line of `values` on `of`, mean kept."""
+    centred = of - of.mean()
+    variance = float(centred @ centred)
+    if variance < 1e-12:
+        return values
+    return values - centred * (float(centred @ (values - values.mean())) / variance)
+
+
+def softmax(scores: Floats) -> Floats:
+    """exp(x_i) / Σ exp(x_j), without overflow."""
+    powers = np.exp(scores - scores.max())
+    return powers / powers.sum()
+
+
+def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:
+    """p_i ∝ c_i·exp(Q_i/τ) over samples with c_i ≥ ½, mixed with c_i-weighted uniform; sums to 1.
+
+    Where nothing is credible, everything is.
+    """
+    weight = np.where(credible >= CREDIBLE, credible, 0.0)
+    if not weight.any():
+        weight = np.ones(len(quality))
+    sharp = weight * np.exp(quality / temperature - np.max(quality / temperature))
+    return (1 - UNIFORM_SHARE) * sharp / sharp.sum() + UNIFORM_SHARE * weight / weight.sum()
+
+
+def unit(rows: Floats) -> Floats:
+    """Rows divided by their length; zero rows stay zero."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def cosine(rows: Floats, direction: Floats) -> Floats:
+    """Cosine of each row (N, k) with one direction (k)."""
+    return row_cosine(rows, np.broadcast_to(direction, rows.shape))
+
+
+def row_cosine(a: Floats, b: Floats) -> Floats:
+    """Cosine of each row of `a` with the same row of `b`; 0 where either is zero."""
+    return np.einsum("nk,nk->n", unit(a), unit(np.asarray(b)))  # type: ignore[no-any-return]
+
+
+def _weights(config: QualityConfig) -> list[float]:
+    weights = config.weights
+    return [weights.gradient_norm, weights.loss_reduction, weights.convergence]
+
+
+def _total_weight(config: QualityConfig) -> float:
+    return sum(abs(weight) for weight in _weights(config)) or 1.0
+
+
+def _weighted(terms: list[Floats], config: QualityConfig) -> Floats:
+    parts = [weight * term for weight, term in zip(_weights(config), terms, strict=True) if weight]
+    return np.sum(parts, axis=0) if parts else np.zeros(len(terms[0]))

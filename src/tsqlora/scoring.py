@@ -1,0 +1,298 @@
+"""One pass over the pool: measure every sample, then score it. The only caller of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from tsqlora.adaptation import adapt_briefly
+from tsqlora.batches import Batch, Collator, batches, forward_logits, forward_losses, singly, subset
+from tsqlora.config import QualityConfig
+from tsqlora.errors import DataError
+from tsqlora.hooks import SharedInput
+from tsqlora.lora_layers import has_lora, temporary_adapter
+from tsqlora.losses import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    IGNORED,
+    REGRESSION,
+    infer_kind,
+    sample_losses,
+    target_lengths,
+)
+from tsqlora.per_sample_grads import Keep, PerSampleGradients, Sketch, SquaredNorms, one_step
+from tsqlora.quality import Measurements, QualityScores, quality_scores
+from tsqlora.selection import draw
+
+logger = logging.get_logger("tsqlora")
+
+DISPLACEMENT = 0.5
+"""‖η_i g_i‖ of the lookahead step in preset `default`: every sample moves the model as far."""
+NULL_SAMPLES = 1000
+"""Mismatched pairs that make the null where it takes passes of its own (generation)."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How a pool is measured.
+
+    Attributes:
+        collator: turns rows into a batch with `labels`.
+        quality: the `quality` section of the configuration.
+        learning_rate: η of preset `paper`.
+        batch_size: samples a batch.
+        seed: of the draws and the null.
+    """
+
+    collator: Collator
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+    seed: int = 0
+
+    @property
+    def lookahead(self) -> bool:
+        """Whether the loss reduction is wanted: it costs another half pass a sample."""
+        return self.quality.weights.loss_reduction != 0
+
+    def passes(self, samples: int) -> float:
+        """Passes it takes to score so many samples; a forward alone counts ½."""
+        return samples * (1.5 if self.lookahead else 1.0)
+
+    def score(
+        self, model: nn.Module, dataset: Dataset, reference: Dataset | None = None
+    ) -> QualityScores:
+        """Quality scores under `model` as it is: adapted already, LoRA factors active."""
+        pool = self.measure(model, dataset, "quality scores")
+        trusted = None
+        if reference is not None:
+            trusted = self.measure(model, reference, "reference scores", null=False)
+        scores = quality_scores(pool, self.quality, trusted)
+        selected = np.zeros(len(scores.ids), dtype=bool)
+        selected[draw(scores.probability, self.quality.fraction, self.seed)] = True
+        return replace(scores, selected=selected)
+
+    def measure(
+        self, model: nn.Module, dataset: Dataset, what: str, null: bool = True
+    ) -> Measurements:
+        """One forward and backward of every sample (and a forward after its own step)."""
+        if len(dataset) == 0:
+            raise DataError("There is no sample to score: the data set is empty.")
+        training = model.training
+        model.eval()
+        try:
+            sheet = _Sheet(self, model, infer_kind(model), len(dataset))
+            for positions, batch in batches(model, dataset, self.collator, self.batch_size, what):
+                sheet.add(positions, batch)
+            if null and sheet.kind not in (CLASSIFICATION, REGRESSION):
+                sheet.add_mismatched(dataset)
+        finally:
+            model.train(training)
+        return sheet.measurements(_ids(dataset))
+
+
+class _Sheet:
+    """The columns being filled while batches pass."""
+
+    def __init__(self, scorer: Scorer, model: nn.Module, kind: str, samples: int) -> None:
+        self.scorer, self.model, self.kind = scorer, model, kind
+        self.sketch = Sketch(seed=scorer.seed)
+        self.norms, self.keep = SquaredNorms(), Keep()
+        reducers = (self.norms, self.sketch, *((self.keep,) if scorer.lookahead else ()))
+        self.gradients = PerSampleGradients(model, *reducers)
+        self.random = np.random.default_rng(scorer.seed)
+        self.single = False
+        names = ("loss", "gradient_norm", "loss_reduction")
+        self.columns = {name: np.full(samples, np.nan) for name in names}
+        self.sketches = np.zeros((samples, self.sketch.size), dtype=np.float32)
+        self.length = np.ones(samples, dtype=np.int64)
+        self.group = np.zeros(samples, dtype=np.int64)
+        self.classes: int | None = None
+        self.null_loss: list[np.ndarray] = []
+        self.null_group: list[np.ndarray] = []
+
+    def add(self, positions: np.ndarray, batch: Batch) -> None:
+        """Measure one batch, one sample at a time where a layer mixes samples."""
+        if not self.single:
+            try:
+                return self._add(positions, batch)
+            except SharedInput:
+                self.single = True
+                logger.warning(
+                    f"{type(self.model).__name__} runs a layer once for the whole batch: scoring "
+                    "one sample at a time, which is exact but slower."
+                )
+                self._reset()
+        for i, sample in enumerate(singly(batch)):
+            self._add(positions[i : i + 1], sample)
+
+    def _add(self, positions: np.ndarray, batch: Batch) -> None:
+        labels = batch["labels"]
+        with self.gradients, torch.enable_grad():
+            logits = forward_logits(self.model, self.kind, batch)
+            losses = sample_losses(self.kind, logits, labels)
+            self.gradients.backward(losses)
+        norms = torch.as_tensor(self.norms.total).sqrt()
+        self._put("loss", positions, losses)
+        self._put("gradient_norm", positions, norms)
+        self.sketches[positions] = _numpy(self.sketch.take())
+        self.length[positions] = _numpy(target_lengths(self.kind, labels).clamp(min=1))
+        if self.scorer.lookahead:
+            stepped = self._after_own_step(batch, norms)
+            self._put("loss_reduction", positions, losses.detach() - stepped)
+        self._add_classes(positions, logits.detach(), labels)
+        self._reset()
+
+    def _after_own_step(self, batch: Batch, norms: Tensor) -> Tensor:
+        steps = torch.full_like(norms, self.scorer.learning_rate)
+        if self.scorer.quality.preset != "paper":
+            steps = DISPLACEMENT / norms.clamp(min=1e-12)
+        with torch.no_grad(), one_step(self.gradients, self.keep.gradients, steps):
+            return forward_losses(self.model, self.kind, batch)
+
+    def _add_classes(self, positions: np.ndarray, logits: Tensor, labels: Tensor) -> None:
+        """The group of each sample, and the null of classes and numbers, free from the logits."""
+        if self.kind == CLASSIFICATION:
+            self.group[positions] = _numpy(labels)
+            self.classes = logits.shape[-1]
+        if self.kind not in (CLASSIFICATION, REGRESSION):
+            return
+        partners = _others(_numpy(labels), self.random)
+        if len(partners):
+            kept = torch.as_tensor(partners[:, 0]), torch.as_tensor(partners[:, 1])
+            wrong = labels[kept[1].to(labels.device)]
+            losses = sample_losses(self.kind, logits[kept[0].to(logits.device)], wrong)
+            self.null_loss.append(_numpy(losses))
+            self.null_group.append(
+                _numpy(wrong) if self.kind == CLASSIFICATION else np.zeros(len(wrong), dtype=np.int64)
+            )
+
+    def add_mismatched(self, dataset: Dataset) -> None:
+        """The null of generation: losses of inputs paired with other samples' targets."""
+        rows = subset(dataset, NULL_SAMPLES, self.scorer.seed)
+        wrong = mismatched_pairs(rows, self.kind)
+        if wrong is None:
+            return
+        losses = np.zeros(len(wrong))
+        passing = batches(
+            self.model, wrong, self.scorer.collator, self.scorer.batch_size, "permutation null"
+        )
+        with torch.no_grad():
+            for positions, batch in passing:
+                losses[positions] = _numpy(forward_losses(self.model, self.kind, batch))
+        self.null_loss.append(losses)
+        self.null_group.append(np.zeros(len(losses), dtype=np.int64))
+
+    def measurements(self, ids: np.ndarray) -> Measurements:
+        """What was measured, in the data set's order."""
+        return Measurements(
+            ids=ids,
+            **self.columns,
+            sketch=self.sketches,
+            length=self.length,
+            group=self.group,
+            null_loss=np.concatenate(self.null_loss or [np.zeros(0)]),
+            null_group=np.concatenate(self.null_group or [np.zeros(0, dtype=np.int64)]),
+            classes=self.classes,
+        )
+
+    def _put(self, column: str, positions: np.ndarray, values: Tensor) -> None:
+        self.columns[column][positions] = _numpy(values)
+
+    def _reset(self) -> None:
+        self.norms.total = self.sketch.total = 0.0
+        self.keep.gradients.clear()
+
+
+def score_samples(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    quality: QualityConfig | None = None,
+    reference: Dataset | None = None,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> QualityScores:
+    """The quality of every row of `dataset` under `model` (TsqLoRA §3; formulas in `quality.py`).
+
+    A model without adapters gets temporary ones, briefly adapted (`quality.adapt_steps` steps) and
+    removed after, its weights untouched; a model with LoRA adapters is scored as it is. `reference`
+    holds trusted samples. `ids` are the column `id` where there is one, else the row numbers.
+
+    Raises:
+        ModelError: the model's kind or a layer's kind is not supported.
+        DataError: there is no row, or the batches hold no labels.
+    """
+    scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
+    if len(dataset) == 0:
+        raise DataError("There is no sample to score: the data set is empty.")
+    with ExitStack() as stack:
+        adapted = model
+        if not has_lora(model):
+            adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
+            steps = scorer.quality.adapt_steps
+            adapt_briefly(adapted, dataset, collator, steps, learning_rate, batch_size, seed)
+        return scorer.score(adapted, dataset, reference)
+
+
+def mismatched_pairs(dataset: Dataset, kind: str) -> Dataset | None:
+    """Each row's input with the next other row's target, or None where rows have no such parts.
+
+    A causal row is its prompt (labels -100) followed by its completion; plain text has no prompt.
+    """
+    if not {"input_ids", "labels"} <= set(dataset.column_names) or len(dataset) < 2:
+        return None
+    rows: list[dict[str, Any]] = [dict(row) for row in dataset]
+    if kind != CAUSAL_LM:
+        targets = [row["labels"] for row in rows]
+        return Dataset.from_list(
+            [{**row, "labels": targets[i - 1]} for i, row in enumerate(rows) if row["labels"] != targets[i - 1]]
+        )
+    prompts = [_prompt_length(row["labels"]) for row in rows]
+    if not all(prompts):
+        return None
+    return Dataset.from_list(
+        [_spliced(row, prompts[i], rows[i - 1], prompts[i - 1]) for i, row in enumerate(rows)]
+    )
+
+
+def _prompt_length(labels: Sequence[int]) -> int:
+    """Positions up to the last turn's target: what comes before the final run of counted labels."""
+    masked = [i for i, label in enumerate(labels) if label == IGNORED]
+    return masked[-1] + 1 if masked else 0
+
+
+def _spliced(row: dict[str, Any], at: int, other: dict[str, Any], other_at: int) -> dict[str, Any]:
+    longest = max(len(row["labels"]), len(other["labels"]))
+    ids = (row["input_ids"][:at] + other["input_ids"][other_at:])[:longest]
+    labels = ([IGNORED] * at + other["labels"][other_at:])[:longest]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Pairs (i, j) of a batch, a random j with another label for every i that has one."""
+    differs = labels[:, None] != labels[None, :]
+    order = np.where(differs, random.random(differs.shape), -1.0)
+    partners = order.argmax(1)
+    kept = differs.any(1)
+    return np.stack([np.arange(len(labels)), partners], 1)[kept]
+
+
+def _ids(dataset: Dataset) -> np.ndarray:
+    if "id" in dataset.column_names:
+        return np.asarray(dataset["id"])
+    return np.arange(len(dataset))
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    result = tensor.detach().cpu()
+    return result.float().numpy() if result.is_floating_point() else result.numpy()

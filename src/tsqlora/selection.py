@@ -1,0 +1,83 @@
+"""From scores to a draw: softmax probabilities, seeded draws without replacement, a Sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from tsqlora.errors import DataError
+from tsqlora.quality import QualityScores
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def draw_size(samples: int, fraction: float) -> int:
+    """⌈fraction · N⌉, at least 1.
+
+    Raises:
+        DataError: the fraction is outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise DataError(f"fraction = {fraction} is outside (0, 1]; 0.5 keeps half of the samples.")
+    return max(1, math.ceil(fraction * samples - 1e-9))
+
+
+def draw(
+    probability: NDArray[np.floating], fraction: float, seed: int, epoch: int = 0
+) -> NDArray[np.int64]:
+    """⌈fraction·N⌉ positions drawn without replacement, each next one with p ∝ `probability`.
+
+    Gumbel top-k (Kool et al. 2019, arXiv 1903.06059): the positions with the largest
+    log p_i + Gumbel noise, in the order drawn. Samples of probability 0 are taken only when all
+    others are, so the size of the draw never depends on the scores. The same arguments always
+    give the same draw.
+    """
+    size = draw_size(len(probability), fraction)
+    noise = np.random.default_rng([seed, epoch]).gumbel(size=len(probability))
+    with np.errstate(divide="ignore"):
+        keys = np.where(probability > 0, np.log(probability) + noise, -1e9 + noise)
+    return np.argsort(-keys, kind="stable")[:size].astype(np.int64)
+
+
+def select_samples(
+    dataset: Dataset, scores: QualityScores, fraction: float = 0.5, seed: int = 0
+) -> Dataset:
+    """The rows of `dataset` that one seeded draw by `scores.probability` takes, in their own order.
+
+    Raises:
+        DataError: the scores are of a pool of another size, or the fraction is outside (0, 1].
+    """
+    if len(dataset) != len(scores.ids):
+        raise DataError(
+            f"The data set has {len(dataset)} rows but the scores are of {len(scores.ids)} samples: "
+            "score this data set."
+        )
+    return dataset.select(np.sort(draw(scores.probability, fraction, seed)))
+
+
+class QualitySampler(Sampler[int]):
+    """A torch Sampler that draws ⌈fraction·N⌉ positions afresh each epoch by `scores.probability`.
+
+    Give it to a DataLoader, or return it from `Trainer._get_train_sampler`. The draw depends on
+    (seed, epoch) alone; the Trainer calls `set_epoch`, in a loop of one's own call it yourself.
+    """
+
+    def __init__(self, scores: QualityScores, fraction: float = 0.5, seed: int = 0) -> None:
+        self.probability, self.fraction, self.seed, self.epoch = scores.probability, fraction, seed, 0
+        self._size = draw_size(len(scores.ids), fraction)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch's draw the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(draw(self.probability, self.fraction, self.seed, self.epoch).tolist())
+
+    def __len__(self) -> int:
+        return self._size

@@ -1,0 +1,189 @@
+"""Training of the planned adapter by `transformers.Trainer`, interruptible and resumable."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from tsqlora.batches import Collator
+from tsqlora.errors import ConfigError, TrainingError
+
+logger = logging.getLogger("tsqlora")
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 32,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "report_to": "none",
+}
+COMPLETE = "complete"
+"""Marker written last into a checkpoint: one without it was cut off while being written."""
+
+
+class PoolTrainer(Trainer):
+    """A Trainer that takes its order from `sampler` and stops at a loss that is not finite."""
+
+    def __init__(self, sampler: Sampler[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sampler = sampler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.sampler
+
+    def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        """One step; raises TrainingError before the optimizer could take in a NaN."""
+        loss = super().training_step(model, inputs, *rest, **named)
+        if not math.isfinite(float(loss)):
+            raise TrainingError(
+                f"The training loss became {float(loss)} at step {self.state.global_step + 1}: lower "
+                "training.learning_rate or look for extreme targets. "
+                + _last_good(self.args.output_dir or ".")
+            )
+        return loss
+
+
+def training_arguments(
+    settings: Mapping[str, Any], output: Path, seed: int
+) -> TrainingArguments:
+    """`TrainingArguments` from the `training:` section, with our defaults below it.
+
+    Raises:
+        ConfigError: transformers refuses a value.
+    """
+    merged = {**DEFAULTS, **settings}
+    try:
+        return TrainingArguments(
+            output_dir=str(output),
+            seed=seed,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **merged,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def resumable_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint; half-written ones are removed with a warning."""
+    while (last := get_last_checkpoint(str(folder)) if folder.is_dir() else None) is not None:
+        if (Path(last) / COMPLETE).exists():
+            return last
+        logger.warning("%s was cut off while being written: skipped.", last)
+        shutil.rmtree(last)
+    return None
+
+
+def run_training(trainer: PoolTrainer, resume: bool) -> None:
+    """Train, or go on from the last complete checkpoint. Ctrl-C saves a checkpoint first.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        KeyboardInterrupt: after the checkpoint that Ctrl-C asked for.
+    """
+    folder = Path(trainer.args.output_dir or ".")
+    checkpoint = resumable_checkpoint(folder) if resume else None
+    if checkpoint is None and folder.exists():
+        shutil.rmtree(folder)
+    interrupted = InterruptCallback()
+    trainer.add_callback(interrupted)
+    trainer.add_callback(CompleteCallback())
+    with interrupted.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupted.requested:
+        raise KeyboardInterrupt
+
+
+class InterruptCallback(TrainerCallback):
+    """The first Ctrl-C ends training after the running step, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch SIGINT inside (in the main thread; elsewhere signals cannot be caught)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("Interrupted: saving a checkpoint after this step (Ctrl-C again to stop at once).")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer to save and stop."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+class CompleteCallback(TrainerCallback):
+    """Marks a checkpoint when everything in it is written."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The last callback of a save."""
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / COMPLETE).touch()
+
+
+def make_trainer(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    train: Dataset,
+    validation: Dataset | None,
+    collator: Collator,
+    sampler: Sampler[int],
+    callbacks: Sequence[TrainerCallback],
+) -> PoolTrainer:
+    """A `PoolTrainer` over encoded data."""
+    return PoolTrainer(
+        sampler,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
+
+
+def _last_good(folder: str) -> str:
+    last = resumable_checkpoint(Path(folder))
+    kept = f"The last good checkpoint is kept: {last}." if last else "No checkpoint was written yet."
+    return kept

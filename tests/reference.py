@@ -1,0 +1,122 @@
+"""Slow, obvious versions of everything that the package does fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from tsqlora.lora_layers import LoraModule, base_weight, lora_modules
+from tsqlora.losses import sample_losses
+from tsqlora.per_sample_grads import factors
+
+Batch = Mapping[str, Tensor]
+
+
+def one_by_one(batch: Batch) -> list[dict[str, Tensor]]:
+    """The samples of a batch, each as a batch of one."""
+    return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))]
+
+
+def loss_of(model: nn.Module, kind: str, batch: Batch) -> Tensor:
+    """The losses of a batch (N), by the model's own forward."""
+    inputs = {k: v for k, v in batch.items() if k != "labels" or kind == "seq2seq"}
+    return sample_losses(kind, model(**inputs).logits, batch["labels"])
+
+
+def looped_gradients(model: nn.Module, kind: str, batch: Batch) -> list[dict[str, Tensor]]:
+    """Every sample's factor gradients by a forward and backward of its own."""
+    linears = factors(lora_modules(model))
+    result = []
+    for sample in one_by_one(batch):
+        loss = loss_of(model, kind, sample).sum()
+        found = torch.autograd.grad(loss, [m.weight for m in linears.values()], allow_unused=True)
+        result.append(
+            {
+                name: torch.zeros_like(linear.weight) if g is None else g
+                for (name, linear), g in zip(linears.items(), found, strict=True)
+            }
+        )
+    return result
+
+
+def looped_lookahead(model: nn.Module, kind: str, batch: Batch, steps: Tensor) -> Tensor:
+    """The loss of every sample after a real step on it alone, taken and taken back."""
+    linears = factors(lora_modules(model))
+    gradients = looped_gradients(model, kind, batch)
+    losses = []
+    for sample, own, step in zip(one_by_one(batch), gradients, steps, strict=True):
+        before = {name: m.weight.detach().clone() for name, m in linears.items()}
+        with torch.no_grad():
+            for name, linear in linears.items():
+                linear.weight.sub_(step * own[name])
+            losses.append(loss_of(model, kind, sample).sum())
+            for name, linear in linears.items():
+                linear.weight.copy_(before[name])
+    return torch.stack(losses)
+
+
+def looped_sensitivity(model: nn.Module, kind: str, batch: Batch, estimator: str) -> dict[str, float]:
+    """E_i Σ|W ⊙ ∇W ℓ_i| or E_i Σ ∇W² with the frozen weights really trainable."""
+    modules = lora_modules(model)
+    with_gradient(modules)
+    totals = {m.name: 0.0 for m in modules}
+    samples = one_by_one(batch)
+    for sample in samples:
+        loss = loss_of(model, kind, sample).sum()
+        found = torch.autograd.grad(loss, [m.base.weight for m in modules], allow_unused=True)
+        for module, gradient in zip(modules, found, strict=True):
+            if gradient is None:
+                continue
+            weight = base_weight(module.base)
+            gradient = gradient.T if type(module.base).__name__ == "Conv1D" else gradient
+            term = (weight * gradient).abs() if estimator == "weight_gradient" else gradient.square()
+            totals[module.name] += float(term.sum()) / len(samples)
+    return totals
+
+
+def exact_hessian_trace(model: nn.Module, kind: str, batch: Batch, module: LoraModule) -> float:
+    """tr of the Hessian of Σ ℓ_i in one frozen weight, entry by entry, over N."""
+    weight = module.base.weight
+    weight.requires_grad_(True)
+    loss = loss_of(model, kind, batch).sum()
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    flat = gradient.flatten()
+    trace = 0.0
+    for i in range(len(flat)):
+        (row,) = torch.autograd.grad(flat[i], weight, retain_graph=True)
+        trace += float(row.flatten()[i])
+    return trace / len(batch["labels"])
+
+
+def with_gradient(modules: list[LoraModule]) -> None:
+    """Make the frozen weights of the target modules trainable."""
+    for module in modules:
+        module.base.weight.requires_grad_(True)
+
+
+def looped_allocation(
+    weights: Mapping[str, int],
+    costs: Mapping[str, int],
+    caps: Mapping[str, int],
+    budget: int,
+    least: int,
+) -> dict[str, int]:
+    """D'Hondt by looking at every module for every single rank."""
+    ranks = {name: least for name in sorted(weights)}
+    left = budget - sum(least * costs[name] for name in ranks)
+    while True:
+        able = [n for n in ranks if ranks[n] < caps[n] and costs[n] <= left]
+        if not able:
+            return ranks
+        best = min(able, key=lambda n: (-Fraction(weights[n], ranks[n] + 1), ranks[n], n))
+        ranks[best] += 1
+        left -= costs[best]
+
+
+def dense_delta(module: LoraModule) -> Tensor:
+    """scale · B A (out, in)."""
+    return module.scale * module.b.weight @ module.a.weight
+

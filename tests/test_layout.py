@@ -1,0 +1,110 @@
+"""The layout of the package, read from its source: order of imports, sizes, public names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+
+import tsqlora
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
+
+# Each module imports only modules that stand before it.
+ORDER = [
+    "errors", "config", "data", "losses", "tasks", "metrics",
+    "hooks", "lora_layers", "batches", "adaptation", "per_sample_grads",
+    "credibility", "quality", "selection", "scoring", "sensitivity",
+    "allocation", "adapter", "dynamic_rank", "callback",
+    "run_folder", "training", "cost", "pipeline", "report",
+    "demo_data", "demo", "cli", "__main__",
+]  # fmt: skip
+
+PUBLIC = {
+    "score_samples", "select_samples", "QualitySampler", "layer_sensitivity", "allocate_ranks",
+    "lora_config", "DynamicRank", "DynamicRankCallback", "export_adapter", "write_report", "train",
+    "RunConfig", "QualityScores", "LayerSensitivity", "RankPlan", "TsqloraError",
+}  # fmt: skip
+
+FILE_LINES, FUNCTION_LINES = 350, 60
+
+modules = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
+each_module = pytest.mark.parametrize("module", modules)
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported(module: str) -> set[str]:
+    """Dotted names of all that a module imports, wherever in the file it does so."""
+    names: set[str] = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}.py line {node.lineno}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    parts = [name.split(".") for name in imported(module)]
+    return {name[1] for name in parts if name[0] == "tsqlora" and name[1] in modules}
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert set(modules) <= set(ORDER), "add the new module to ORDER, below all that it imports"
+
+
+@each_module
+def test_a_module_imports_only_modules_above_it(module: str) -> None:
+    below = own_imports(module) - set(ORDER[: ORDER.index(module)])
+    assert not below, f"{module}.py imports {sorted(below)}, which stand at or below it"
+
+
+@each_module
+def test_only_declared_dependencies_are_imported(module: str) -> None:
+    declared = {normalised(re.split(r"[^\w.-]", line)[0]) for line in requires("tsqlora") or ()}
+    tops = {name.split(".")[0] for name in imported(module)} - sys.stdlib_module_names
+    distributions = packages_distributions()
+    for top in tops - {"tsqlora"}:
+        providers = {normalised(name) for name in distributions.get(top, [top])}
+        assert providers & declared, f"{module}.py imports {top}, which pyproject.toml leaves out"
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@each_module
+def test_files_and_functions_stay_short(module: str) -> None:
+    lines = (SOURCE / f"{module}.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= FILE_LINES, f"{module}.py has {lines} lines"
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
+
+
+def test_the_light_modules_import_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys, tsqlora, tsqlora.errors, tsqlora.config, tsqlora.allocation;"
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, f"imported at once: {done.stderr}"
+
+
+def test_the_public_names_are_those_of_the_design() -> None:
+    assert set(tsqlora.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    assert (getattr(tsqlora, name).__doc__ or "").strip()

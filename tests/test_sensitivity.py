@@ -1,0 +1,72 @@
+"""Layer sensitivity against frozen weights that are really made trainable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from reference import exact_hessian_trace, looped_sensitivity
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+
+from tsqlora.errors import ConfigError, RunError
+from tsqlora.lora_layers import lora_modules
+from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
+
+
+@pytest.mark.parametrize("estimator", ["weight_gradient", "fisher"])
+@pytest.mark.parametrize("name", ["bert", "albert", "deberta-v2", "gpt2", "mixtral"])
+def test_every_module_agrees_with_a_loop_over_samples(name: str, estimator: str) -> None:
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name, double=True), kind)
+    rows = rows_of(tiny_batch(kind, samples=5))
+    got = layer_sensitivity(model, Dataset.from_list(rows), collate, estimator, batch_size=3)
+    expected = looped_sensitivity(model, kind, collate(rows), estimator)
+    assert got.modules == pytest.approx(expected, rel=1e-8)
+    assert got.shapes == {m.name: m.shape for m in lora_modules(model)}
+
+
+def test_hutchinson_tends_to_the_exact_hessian_trace() -> None:
+    model = with_lora(tiny_model("bert", double=True), "classification")
+    rows = rows_of(tiny_batch("classification", samples=3))
+    module = next(m for m in lora_modules(model) if m.name.endswith("pooler.dense"))
+    true = abs(exact_hessian_trace(model, "classification", collate(rows), module))
+    again = Dataset.from_list(rows * 500)  # one direction a batch, so 500 directions
+    found = layer_sensitivity(
+        model, again, collate, "hessian", batch_size=3, max_samples=len(again)
+    ).modules[module.name]
+    assert found == pytest.approx(true, rel=0.25)
+
+
+def test_a_plain_model_is_measured_and_left_bit_equal() -> None:
+    model = tiny_model("bert")
+    model.train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    dataset = Dataset.from_list(rows_of(tiny_batch("classification")))
+    found = layer_sensitivity(model, dataset, collate)
+    assert all(value > 0 for value in found.modules.values())
+    assert "classifier" not in found.modules
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert model.training and not hasattr(model, "peft_config")
+
+
+def test_the_same_whatever_the_batch_size() -> None:
+    model = with_lora(tiny_model("llama", double=True), "causal-lm")
+    dataset = Dataset.from_list(rows_of(tiny_batch("causal-lm", samples=7)))
+    one = layer_sensitivity(model, dataset, collate, batch_size=1)
+    seven = layer_sensitivity(model, dataset, collate, batch_size=7)
+    assert one.modules == pytest.approx(seven.modules, rel=1e-9)
+
+
+def test_saves_and_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    made = LayerSensitivity("fisher", {"a.b": 0.25, "c": 0.0}, {"a.b": (3, 4), "c": (5, 6)})
+    made.save(tmp_path / "sensitivity.json")
+    assert LayerSensitivity.load(tmp_path / "sensitivity.json") == made
+    with pytest.raises(RunError, match="nothing.json"):
+        LayerSensitivity.load(tmp_path / "nothing.json")
+
+
+def test_an_unknown_estimator_is_named() -> None:
+    with pytest.raises(ConfigError, match="'newton'.*fisher"):
+        layer_sensitivity(tiny_model("bert"), Dataset.from_list([]), collate, "newton")
