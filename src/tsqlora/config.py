@@ -1,24 +1,23 @@
 """The configuration of a run: YAML in, checked dataclasses, resolved YAML out.
 
-The type hints of the dataclasses are the schema: one reader, `_fit`, checks any value by its hint.
+The type hints of the dataclasses are the schema, by which `tsqlora.schema` reads and checks.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 import os
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
 from tsqlora.errors import ConfigError
+from tsqlora.schema import Rule, fit_keys, load_yaml, parse_yaml, plain, read
 
 METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews_correlation"),
@@ -41,25 +40,17 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A condition on a value, and how to say it."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-_NOT_EMPTY = _Rule(" that is not empty", bool)
+_NOT_EMPTY = Rule("", bool)
 _Name = Annotated[str, _NOT_EMPTY]
 _Names = Annotated[tuple[_Name, ...], _NOT_EMPTY]
 _Path = Annotated[str, _NOT_EMPTY, os.path.expanduser]
-_Share = Annotated[float, _Rule(" above 0 and at most 1", lambda x: 0 < x <= 1)]
-_Part = Annotated[float, _Rule(" above 0 and below 1", lambda x: 0 < x < 1)]
-_Dropout = Annotated[float, _Rule(" of at least 0 and below 1", lambda x: 0 <= x < 1)]
-_Positive = Annotated[float, _Rule(" above 0", lambda x: x > 0)]
-_Count = Annotated[int, _Rule(" of at least 1", lambda x: x >= 1)]
-_CountOrZero = Annotated[int, _Rule(" of at least 0", lambda x: x >= 0)]
-_Seed = Annotated[int, _Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
+_Share = Annotated[float, Rule(" above 0 and at most 1", lambda x: 0 < x <= 1)]
+_Part = Annotated[float, Rule(" above 0 and below 1", lambda x: 0 < x < 1)]
+_Dropout = Annotated[float, Rule(" of at least 0 and below 1", lambda x: 0 <= x < 1)]
+_Positive = Annotated[float, Rule(" above 0", lambda x: x > 0)]
+_Count = Annotated[int, Rule(" of at least 1", lambda x: x >= 1)]
+_CountOrZero = Annotated[int, Rule(" of at least 0", lambda x: x >= 0)]
+_Seed = Annotated[int, Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
 
 
 @dataclass(frozen=True)
@@ -78,12 +69,6 @@ class DataConfig:
     target: _Name | None = None
     messages: _Name | None = None
     max_length: _Count = 128
-
-    def _conflicts(self, given: Mapping[str, Any]) -> Iterator[str]:
-        if self.messages is not None and (self.text is not None or self.target is not None):
-            yield "give data.messages, or data.text and data.target, not both"
-        if self.messages is None and self.text is None:
-            yield "data.text is required: a column, a pair of columns or a template (or data.messages)"
 
 
 @dataclass(frozen=True)
@@ -111,10 +96,6 @@ class QualityConfig:
     mode: Literal["upfront", "online"] = "upfront"
     adapt_steps: _CountOrZero = 48
 
-    def _conflicts(self, given: Mapping[str, Any]) -> Iterator[str]:
-        if self.mode == "online" and self.mode not in MODES:
-            yield "quality.mode: online is not available yet; use upfront"
-
 
 @dataclass(frozen=True)
 class RanksConfig:
@@ -134,17 +115,6 @@ class RanksConfig:
         if self.parameters is not None and self.mean_rank == type(self).mean_rank:
             object.__setattr__(self, "mean_rank", None)
 
-    def _conflicts(self, given: Mapping[str, Any]) -> Iterator[str]:
-        low, mean, high = self.min_rank, self.mean_rank, self.max_rank
-        if given.get("mean_rank") is not None and given.get("parameters") is not None:
-            yield "give ranks.mean_rank or ranks.parameters, not both: set the other to null"
-        elif mean is None and self.parameters is None:
-            yield "ranks.mean_rank or ranks.parameters is required: both are null"
-        if low > high:
-            yield f"ranks.min_rank ({low}) must not exceed ranks.max_rank ({high})"
-        elif mean is not None and not low <= mean <= high:
-            yield f"ranks.mean_rank ({mean}) must lie from min_rank ({low}) to max_rank ({high})"
-
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -161,7 +131,7 @@ class RunConfig:
     """Everything a run needs: model, task, data, method and training.
 
     However it is made it is checked as a whole, and `from_yaml` of its `to_yaml` is equal to it.
-    `training` holds keys of `transformers.TrainingArguments`, `metrics` None the task's own metrics.
+    `training` holds keys of `transformers.TrainingArguments`; `metrics` None is the task's own.
 
     Raises:
         ConfigError: everything that is wrong, in one message.
@@ -198,7 +168,7 @@ class RunConfig:
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         """Read a YAML file; each of `overrides` is `section.key=value`, its value YAML."""
-        mapping = _load(Path(path).expanduser())
+        mapping = load_yaml(Path(path).expanduser())
         for override in overrides:
             _override(mapping, override)
         values, problems = _checked(mapping)
@@ -208,14 +178,98 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, all defaults written out, in the order of the documented schema."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
     def to_yaml(self) -> str:
         """The resolved configuration; as a file it replays the run."""
-        text = _dump(self.to_dict(), allow_unicode=True)
-        # PyYAML writes U+0085 as it stands, and reads it as a line break.
-        return _dump(self.to_dict(), allow_unicode=False) if "\x85" in text else text
+        values = self.to_dict()
+        # PyYAML writes U+0085 as it stands and reads it as a line break.
+        unicode = "\x85" not in yaml.safe_dump(values, allow_unicode=True)
+        return yaml.safe_dump(values, allow_unicode=unicode, sort_keys=False, width=math.inf)
 
-    def _conflicts(self) -> Iterator[str]:
-        return iter(())
+
+def _checked(mapping: Any) -> tuple[dict[str, Any], list[str]]:
+    """The values for `RunConfig`, and all that is wrong with `mapping`."""
+    problems: list[str] = []
+    values = read(RunConfig, mapping, "", problems)
+    if isinstance(training := values.get("training"), dict) and training:
+        values["training"] = _fit_training(training, problems)
+    if not any(problem.startswith("ranks") for problem in problems):
+        given = mapping.get("ranks") if isinstance(mapping, Mapping) else None
+        problems.extend(_rank_conflicts(values["ranks"], given or {}))
+    return values, [*problems, *_conflicts(values)]
+
+
+def _fit_training(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    refused = [key for key in given if key in _REFUSED]
+    problems.extend(f"training.{key} is not yours to set: {_REFUSED[key]}" for key in refused)
+    rest = {key: value for key, value in given.items() if key not in _REFUSED}
+    return fit_keys(_training_hints(), rest, "training.", problems)
+
+
+@cache
+def _training_hints() -> dict[str, Any]:
+    """The fields of TrainingArguments; those of plain scalars are checked, the others are not."""
+    from transformers import TrainingArguments
+
+    scalars = {bool, int, float, str, NoneType}
+    return {
+        each.name: each.type if scalars.issuperset(get_args(each.type) or (each.type,)) else Any
+        for each in fields(TrainingArguments)
+        if each.init and each.name not in _REFUSED
+    }
+
+
+def _rank_conflicts(ranks: RanksConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    low, mean, high = ranks.min_rank, ranks.mean_rank, ranks.max_rank
+    if given.get("mean_rank") is not None and given.get("parameters") is not None:
+        yield "give ranks.mean_rank or ranks.parameters, not both: set the other to null"
+    elif mean is None and ranks.parameters is None:
+        yield "ranks.mean_rank or ranks.parameters is required: both are null"
+    if low > high:
+        yield f"ranks.min_rank ({low}) must not exceed ranks.max_rank ({high})"
+    elif mean is not None and not low <= mean <= high:
+        yield f"ranks.mean_rank ({mean}) must lie from min_rank ({low}) to max_rank ({high})"
+
+
+def _conflicts(run: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between fields; values that are bad on their own are let pass."""
+    task, data, quality = run["task"], run["data"], run["quality"]
+    metrics, known = run.get("metrics"), METRICS.get(str(task), ())
+    if data.messages is None:
+        if data.text is None:
+            yield "data.text is required: a column, a pair of columns or a template"
+        if data.target is None and known and task != "causal-lm":
+            yield f"data.target is required for {task}: the column of the label, number or text"
+    elif data.text is not None or data.target is not None:
+        yield "give data.messages, or data.text and data.target, not both"
+    elif known and task != "causal-lm":
+        yield f"data.messages is for causal-lm; for {task} give data.text and data.target"
+    if run.get("target_tokenizer") is not None and known and task != "seq2seq":
+        yield f"target_tokenizer is for seq2seq, not for {task}: leave it out"
+    if quality.reference == "validation" and data.validation is None:
+        yield "quality.reference: validation needs data.validation"
+    if quality.mode == "online" and quality.mode not in MODES:
+        yield "quality.mode: online is not available yet; use upfront"
+    for name in metrics if known and isinstance(metrics, tuple) else ():
+        if name not in known:
+            yield f"metrics: {name} is not a metric of {task}; choose from {', '.join(known)}"
+
+
+def _override(mapping: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in `mapping`, its value read as YAML."""
+    name, equals, text = override.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write section.key=value.")
+    for section in sections:
+        if mapping.get(section) is None:
+            mapping[section] = {}
+        mapping = mapping[section]
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"--set {override}: {section} is not a section.")
+    try:
+        mapping[key] = parse_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        raise ConfigError(f"--set {override}: the value is not YAML; put it in quotes.") from None

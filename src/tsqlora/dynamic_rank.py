@@ -77,7 +77,7 @@ class DynamicRank:
         loss.backward(); ranks.step(); optimizer.step(); optimizer.zero_grad()
 
     Attributes:
-        budget: the adapter parameters never exceeded: the plan's, or what is active at the start.
+        planned: the first rank of every module, which the budget comes from.
         history: every reallocation so far.
 
     Raises:
@@ -103,11 +103,14 @@ class DynamicRank:
         self.taken = 0
         self.history: list[Reallocation] = []
         _check_trained(self.modules, optimizer)
-        shapes = {m.name: m.shape for m in self.modules}
         ranks = plan.adapted if plan is not None else active_ranks(model)
-        self.planned = {name: ranks.get(name, 0) for name in shapes}
-        self.budget = sum(rank * sum(shapes[name]) for name, rank in self.planned.items())
+        self.planned = {m.name: ranks.get(m.name, 0) for m in self.modules}
         self._clear()
+
+    @property
+    def budget(self) -> int:
+        """The adapter parameters never exceeded: the plan's, or what was active at the start."""
+        return sum(self.planned[m.name] * sum(m.shape) for m in self.modules)
 
     def step(self) -> Reallocation | None:
         """Look at the gradients; move ranks when it is time. Call after backward, before the
@@ -126,6 +129,7 @@ class DynamicRank:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the weights; JSON-able."""
         return {
+            "planned": self.planned,
             "taken": self.taken,
             "observed": self._observed,
             "importance": {n: v.tolist() for n, v in self._importance.items()},
@@ -135,6 +139,7 @@ class DynamicRank:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was taken."""
+        self.planned = dict(state["planned"])
         self.taken, self._observed = state["taken"], state["observed"]
         self._importance = {
             n: torch.tensor(v, dtype=torch.float64) for n, v in state["importance"].items()

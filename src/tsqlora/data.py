@@ -1,0 +1,238 @@
+"""Data sets from files, saved folders and the hub, every row with a stable id, and rows as text.
+
+Files are read into memory and nothing is written beside them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value
+
+from tsqlora.errors import ConfigError, DataError
+from tsqlora.table_files import READERS, read_tables
+
+_SPLITS = {"data.train": "train", "data.validation": "validation", "data.test": "test"}
+
+
+def load_dataset(source: str, where: str) -> Dataset:
+    """The data set that `source` names, in memory, with an int64 column `id`.
+
+    `source` is a path or glob of .jsonl, .json, .csv, .tsv or .parquet files, a folder saved by
+    `datasets` (`folder:split` where it holds several), or a hub data set `name[:config[:split]]`.
+    Of several splits the one that `where`, the field of the configuration, asks for is taken.
+    `id` is the number of the row in what was loaded, from 0; a column `id` of the data is `id_`.
+
+    Raises:
+        DataError: there is nothing there, or something in it cannot be read; with file and line.
+    """
+    try:
+        dataset = _load(os.path.expanduser(source), _SPLITS.get(where))
+        if not len(dataset):
+            raise DataError(f"{source} holds no rows.")
+        return _with_ids(dataset)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off a random `fraction` for validation; both parts keep the ids and their order.
+
+    Raises:
+        DataError: one of the parts would be empty.
+    """
+    _require_map_style(dataset, "data.train")
+    rows, held_out = len(dataset), round(fraction * len(dataset))
+    if not 0 < held_out < rows:
+        raise DataError(
+            f"data.validation: {fraction} of {rows} rows leaves {held_out} for validation and "
+            f"{rows - held_out} for training. Choose another fraction or name a file."
+        )
+    order = np.random.default_rng(seed).permutation(rows)
+    return dataset.select(np.sort(order[held_out:])), dataset.select(np.sort(order[:held_out]))
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the rows in their order: the same for equal rows, on any machine."""
+    _require_map_style(dataset, "the data set")
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for row in table.to_pylist():
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def require_columns(dataset: Dataset, columns: Iterable[str], where: str) -> None:
+    """Check that `dataset` has all `columns`.
+
+    Raises:
+        DataError: the columns it lacks, those it has, and the nearest.
+    """
+    _require_map_style(dataset, where)
+    known = [name for name in dataset.column_names if name != "id"]
+    problems = []
+    for column in dict.fromkeys(columns):
+        if column not in dataset.column_names:
+            near = get_close_matches(column, known, n=1)
+            problems.append(
+                f"{where}: there is no column {column!r}; the columns are {', '.join(known)}."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+            )
+    if problems:
+        raise DataError.of(problems)
+
+
+def spec_columns(spec: str) -> tuple[str, ...]:
+    """The columns that `spec` needs: itself, or the fields of a template such as "{question}\\n".
+
+    A spec is a template if it contains "{"; a literal brace is doubled.
+
+    Raises:
+        ConfigError: a template that is not made of text and plain {column} fields.
+    """
+    if "{" not in spec:
+        return (spec,)
+    return tuple(dict.fromkeys(field for _, field in _parts(spec) if field is not None))
+
+
+def render(row: Mapping[str, Any], spec: str) -> str:
+    """The text of `row` by `spec`, a column or a template; numbers as Python writes them.
+
+    Raises:
+        DataError: a value is missing (None or NaN) or not text or a number; with row and field.
+    """
+    if "{" not in spec:
+        return _text(row, spec)
+    return "".join(
+        literal + (_text(row, field) if field is not None else "")
+        for literal, field in _parts(spec)
+    )
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
+        raise DataError(f"row {row.get('id')}: {column!r} is missing. Fill it in or drop the row.")
+    if not isinstance(value, int | float | np.number):
+        kind = type(value).__name__
+        raise DataError(f"row {row.get('id')}: {column!r} holds a {kind}, not text or a number.")
+    return str(value)
+
+
+@cache
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """Literal texts, each with the column that follows it or None."""
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(
+            f"the template {template!r} is broken: {error}. Double a brace that is meant as such."
+        ) from None
+    for _, field, form, conversion in parsed:
+        if field == "" or form or conversion:
+            raise ConfigError(f"the template {template!r} may hold only plain {{column}} fields.")
+    if all(field is None for _, field, _, _ in parsed):
+        raise ConfigError(f"the template {template!r} names no {{column}}.")
+    return [(literal, field) for literal, field, _, _ in parsed]
+
+
+def _require_map_style(dataset: Any, where: str) -> None:
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"{where}: expected a datasets.Dataset, not {type(dataset).__name__}. Streaming data "
+            "sets have no stable rows to score: load without streaming."
+        )
+
+
+def _with_ids(dataset: Dataset) -> Dataset:
+    """`dataset` held in memory (its caches would be written beside the user's files), with ids."""
+    if "id" in dataset.column_names:
+        name = "id_"
+        while name in dataset.column_names:
+            name += "_"
+        dataset = dataset.rename_column("id", name)
+    table = dataset.with_format("arrow")[:].append_column("id", pa.array(np.arange(len(dataset))))
+    features = Features({**dataset.features, "id": Value("int64")})
+    return Dataset(table, info=DatasetInfo(features=features))
+
+
+def _load(source: str, split: str | None) -> Dataset:
+    folder, _, named_split = source.rpartition(":")
+    if os.path.isdir(source):
+        return _load_saved(source, split)
+    if folder and os.path.isdir(folder):
+        return _load_saved(folder, named_split, asked=True)
+    files = [source] if os.path.isfile(source) else _matches(source)
+    if files:
+        return _typed(source, read_tables(files))
+    parts = source.split(":")
+    looks_like_path = source.startswith((".", os.sep)) or source.count(os.sep) > 1
+    if looks_like_path or Path(source).suffix.lower() in READERS or glob.has_magic(source):
+        raise DataError(f"there is no file {source} (from {os.getcwd()}). Check the path.")
+    if len(parts) > 3 or not parts[0]:
+        raise DataError(f"{source} is no file; for the hub write name, name:config or ::split.")
+    return _load_hub(source, parts[0], parts[1:], split)
+
+
+def _typed(source: str, table: pa.Table) -> Dataset:
+    try:
+        return Dataset(table)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise DataError(f"{source} has a column that datasets cannot hold: {error}") from None
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
+def _load_saved(folder: str, split: str | None, asked: bool = False) -> Dataset:
+    try:
+        loaded = datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        raise DataError(
+            f"{folder} is a folder, but not one saved by datasets (save_to_disk) that can be read. "
+            f"For the files in it write a glob such as {os.path.join(folder, '*.jsonl')}."
+        ) from None
+    return _choose_split(loaded, folder, split, asked)
+
+
+def _load_hub(source: str, name: str, rest: Sequence[str], split: str | None) -> Dataset:
+    config, asked = [*rest, "", ""][:2]
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:  # whatever the hub's clients raise, the user can only check these
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"there is no file or folder {source}, and the hub gives no data set of that name: "
+            f"{reason} Check the name and the network, or give a local file."
+        ) from None
+    return _choose_split(loaded, source, asked or split, bool(asked))
+
+
+def _choose_split(loaded: Any, source: str, split: str | None, asked: bool) -> Dataset:
+    """The data set itself, or the wanted split of several; a single one needs no name."""
+    if isinstance(loaded, Dataset) and not asked:
+        return loaded
+    names = list(loaded) if isinstance(loaded, DatasetDict) else []
+    if split in names:
+        return loaded[split]
+    if len(names) == 1 and not asked:
+        return loaded[names[0]]
+    base = source.removesuffix(f":{split}")
+    remedy = f"Write {base}:SPLIT with one of {', '.join(names)}" if names else f"Write {base}"
+    raise DataError(f"{source} has no split {split or 'of its own'}. {remedy}.")

@@ -1,0 +1,164 @@
+"""What the report says about samples: their scores, the samples themselves, the classes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tsqlora.config import RunConfig
+from tsqlora.figures import Histogram, histogram
+from tsqlora.quality import CREDIBLE, QualityScores
+from tsqlora.run_folder import RunFolder
+
+logger = logging.getLogger("tsqlora")
+
+SHOWN = 50
+"""Samples in each table."""
+CUT = 300
+"""Characters of a text that are shown."""
+CLASSES = 40
+"""At most so many classes are listed; the rest are taken together."""
+TERMS = {
+    "loss": "ℓ after the brief adaptation, before training",
+    "gradient_norm": "‖∇ℓ‖₂: how strongly the sample pulls at the adapter",
+    "loss_reduction": "Δℓ: what one step on the sample alone would gain",
+    "convergence": "ΔC: how far its gradient agrees with the others'",
+    "credibility": "c: how likely its target is right",
+    "quality": "Q: the weighted sum of the three terms",
+    "probability": "p: how likely it is drawn",
+}
+
+_UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of a table; `draws` is p · N, how often it is drawn compared with a uniform draw."""
+
+    id: int
+    text: str
+    target: str
+    loss: float
+    credibility: float
+    draws: float
+    selected: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """A class's share of all samples and of the selected ones."""
+
+    name: str
+    samples: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The scores in figures, and the samples at both ends.
+
+    Attributes:
+        count, selected: how many there are, and how many the first draw took.
+        effective: Kish's effective sample size of the draw.
+        doubtful: samples more likely wrong than right.
+        verdict: one sentence on the targets.
+        terms: (name, meaning, distribution or None where not measured).
+        doubted: the least credible, below 1 only.
+        informative: the most probable.
+        shares: by class, where there are classes.
+        problem: why there are no texts, or "".
+    """
+
+    count: int
+    selected: int
+    effective: float
+    doubtful: int
+    verdict: str
+    terms: list[tuple[str, str, Histogram | None]]
+    doubted: list[Sample]
+    informative: list[Sample]
+    shares: list[Share]
+    problem: str
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Text and target of the samples shown, by id, and every sample's class by id."""
+
+    shown: dict[int, tuple[str, str]] = field(default_factory=dict)
+    classes: dict[int, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def samples_part(folder: RunFolder, config: RunConfig) -> Samples | None:
+    """From `scores.parquet` and the training data it names; None where there are no scores yet.
+
+    Raises:
+        RunError: the scores are broken.
+    """
+    if not folder.scores.exists():
+        return None
+    scores = QualityScores.from_parquet(folder.scores)
+    doubted = np.argsort(scores.credibility, kind="stable")[:SHOWN]
+    doubted = doubted[scores.credibility[doubted] < 1]
+    informative = np.argsort(-scores.probability, kind="stable")[:SHOWN]
+    texts = _texts(config, scores.ids[np.union1d(doubted, informative)].tolist())
+    return Samples(
+        count=len(scores.ids),
+        selected=int(scores.selected.sum()),
+        effective=scores.effective_samples,
+        doubtful=int((scores.credibility < CREDIBLE).sum()),
+        verdict=scores.verdict,
+        terms=[(n, text, histogram(getattr(scores, n), scores.selected)) for n, text in TERMS.items()],
+        doubted=_samples(scores, doubted.tolist(), texts),
+        informative=_samples(scores, informative.tolist(), texts),
+        shares=_shares(scores, texts.classes),
+        problem=texts.problem,
+    )
+
+
+def cut(value: object) -> str:
+    """`value` as one short line without invisible or direction-changing characters."""
+    whole = str(value)
+    line = _UNSEEN.sub(" ", whole[: 4 * CUT]).strip().encode("utf-8", "replace").decode()
+    if len(whole) <= 4 * CUT and len(line) <= CUT:
+        return line
+    return f"{line[:CUT]} … ({len(whole):,} characters)"
+
+
+def _samples(scores: QualityScores, rows: Sequence[int], texts: _Texts) -> list[Sample]:
+    found = []
+    for row in rows:
+        number = int(scores.ids[row])
+        text, target = texts.shown.get(number, ("", ""))
+        found.append(
+            Sample(
+                id=number,
+                text=cut(text),
+                target=cut(target),
+                loss=float(scores.loss[row]),
+                credibility=float(scores.credibility[row]),
+                draws=float(scores.probability[row] * len(scores.ids)),
+                selected=bool(scores.selected[row]),
+            )
+        )
+    return found
+
+
+def _shares(scores: QualityScores, classes: dict[int, str]) -> list[Share]:
+    names = [classes.get(number) for number in scores.ids.tolist()]
+    before = Counter(name for name in names if name is not None)
+    after = Counter(n for n, kept in zip(names, scores.selected, strict=True) if kept and n is not None)
+    counts = [(cut(name), count, after[name]) for name, count in before.most_common()]
+    if rest := counts[CLASSES:]:
+        other = (f"{len(rest)} others", sum(c for _, c, _ in rest), sum(a for _, _, a in rest))
+        counts = [*counts[:CLASSES], other]
+    total, kept = max(before.total(), 1), max(after.total(), 1)
+    return [Share(name, count, count / total, some / kept) for name, count, some in counts]

@@ -1,0 +1,194 @@
+"""Components that come and go without the model noticing, and exports that load anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
+
+from tsqlora.adapter import (
+    active,
+    active_ranks,
+    add_headroom,
+    check_plan,
+    export_adapter,
+    grow,
+    lora_config,
+    prune,
+    warm_start,
+)
+from tsqlora.allocation import RankPlan
+from tsqlora.errors import ConfigError, ModelError
+from tsqlora.lora_layers import (
+    PEFT_TASK_TYPES,
+    lora_modules,
+    lora_parameters,
+    temporary_adapter,
+    trainable_state,
+)
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
+}
+
+
+def logits(model: Any, kind: str) -> torch.Tensor:
+    batch = tiny_batch(kind)
+    if kind != "seq2seq":
+        batch.pop("labels")
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def uneven_plan(name: str, ranks: tuple[int, ...] = (0, 1, 2, 5)) -> RankPlan:
+    model, kind = tiny_model(name), KINDS[name]
+    with temporary_adapter(model, kind, 1) as adapted:
+        shapes = {m.name: m.shape for m in lora_modules(adapted)}
+    chosen = {n: min(ranks[i % len(ranks)], *shapes[n]) for i, n in enumerate(shapes)}
+    return RankPlan(chosen, shapes, 2.0, 10**9)
+
+
+def planned_model(name: str) -> tuple[Any, RankPlan]:
+    plan = uneven_plan(name)
+    config = lora_config(plan, PEFT_TASK_TYPES[KINDS[name]])
+    config.init_lora_weights = False  # random B: a function that differs from the base's
+    torch.manual_seed(1)
+    return get_peft_model(tiny_model(name), config).eval(), plan
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *SEQ2SEQ, *DECODERS])
+@pytest.mark.parametrize("form", ["compact", "padded", "merged"])
+def test_every_export_of_every_architecture_gives_equal_logits(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    kind = KINDS[name]
+    model, plan = planned_model(name)
+    check_plan(model, plan)
+    adapted = lora_modules(model)[0]
+    prune(adapted, [0], None)
+    expected = logits(model, kind)
+    assert not torch.allclose(expected, logits(tiny_model(name), kind), atol=1e-3)
+    export_adapter(model, tmp_path / "out", form)
+    if form == "merged":
+        loaded = type(tiny_model(name)).from_pretrained(tmp_path / "out").eval()
+    else:
+        loaded = PeftModel.from_pretrained(tiny_model(name), str(tmp_path / "out")).eval()
+        merged = PeftModel.from_pretrained(tiny_model(name), str(tmp_path / "out"))
+        assert (logits(merged.merge_and_unload().eval(), kind) - expected).abs().max() < 1e-5
+    assert (logits(loaded, kind) - expected).abs().max() < 1e-5
+    assert torch.equal(logits(model, kind), expected)
+
+
+def test_compact_holds_the_true_ranks_and_padded_one_rank(tmp_path: Path) -> None:
+    model, plan = planned_model("llama")
+    module = lora_modules(model)[0]
+    prune(module, range(module.rank), None)
+    export_adapter(model, tmp_path / "compact")
+    compact = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "compact"))
+    wanted = {n: r for n, r in plan.adapted.items() if n != module.name}
+    assert {m.name: m.rank for m in lora_modules(compact)} == wanted
+    assert {m.scale for m in lora_modules(compact)} == {2.0}
+    export_adapter(model, tmp_path / "padded", "padded")
+    padded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "padded"))
+    config = padded.peft_config["default"]
+    assert {m.rank for m in lora_modules(padded)} == {max(plan.ranks.values())}
+    assert not config.rank_pattern and not config.alpha_pattern
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_exports_of_an_adapter_made_by_others_keep_its_scale(rslora: bool, tmp_path: Path) -> None:
+    model = with_lora(
+        tiny_model("llama"), "causal-lm", 4, use_rslora=rslora, rank_pattern={"q_proj": 2}
+    )
+    expected = logits(model, "causal-lm")
+    for form in ("compact", "padded"):
+        export_adapter(model, tmp_path / form, form)
+        loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / form)).eval()
+        assert (logits(loaded, "causal-lm") - expected).abs().max() < 1e-5
+
+
+def test_headroom_keeps_the_function_and_growth_keeps_it_bit_for_bit() -> None:
+    model = with_lora(tiny_model("llama"), "causal-lm")
+    before, ranks = logits(model, "causal-lm"), active_ranks(model)
+    add_headroom(model, 2)
+    with_room = logits(model, "causal-lm")  # other shapes may be added up in another order
+    assert (with_room - before).abs().max() < 1e-6
+    assert active_ranks(model) == ranks
+    for module in lora_modules(model):
+        grow(module, [module.rank - 1], None, torch.Generator().manual_seed(0))
+    assert torch.equal(logits(model, "causal-lm"), with_room)
+    assert active_ranks(model) == {name: rank + 1 for name, rank in ranks.items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_pruned_component_stays_exactly_zero_until_grown(optimizer: str) -> None:
+    model = with_lora(tiny_model("bert"), "classification")
+    model.train()
+    made = OPTIMIZERS[optimizer](lora_parameters(model))
+    module = lora_modules(model)[1]
+
+    def steps(count: int) -> None:
+        for seed in range(count):
+            batch = tiny_batch("classification", seed=seed)
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(lora_parameters(model), 1.0)
+            made.step()
+            made.zero_grad()
+
+    steps(3)
+    prune(module, [1], made)
+    steps(4)
+    assert not module.a.weight[1].any() and not module.b.weight[:, 1].any()
+    assert active(module).tolist() == [True, False, True]
+    grow(module, [1], made, torch.Generator().manual_seed(0))
+    steps(2)
+    assert module.a.weight[1].any() and module.b.weight[:, 1].any()
+
+
+def test_warm_start_keeps_the_function_where_ranks_suffice() -> None:
+    warm = with_lora(tiny_model("bert"), "classification", rank=3)
+    state = trainable_state(warm)
+    wide = with_lora(tiny_model("bert"), "classification", rank=5, random=False)
+    warm_start(wide, state)
+    assert (logits(wide, "classification") - logits(warm, "classification")).abs().max() < 1e-5
+    narrow = with_lora(tiny_model("bert"), "classification", rank=2, random=False)
+    warm_start(narrow, state)
+    for thin, thick in zip(lora_modules(narrow), lora_modules(warm), strict=True):
+        strength = thick.a.weight.norm(dim=1) * thick.b.weight.norm(dim=0)
+        kept = thin.a.weight.norm(dim=1) * thin.b.weight.norm(dim=0)
+        assert torch.allclose(kept.sort().values, strength.sort().values[-2:])
+
+
+def test_a_plan_that_did_not_take_is_reported() -> None:
+    model = with_lora(tiny_model("bert"), "classification", rank=3)
+    with pytest.raises(ModelError, match="planned"):
+        check_plan(model, uneven_plan("bert"))
+
+
+def test_what_cannot_be_exported_is_said() -> None:
+    with pytest.raises(ConfigError, match="'gguf'.*compact"):
+        export_adapter(with_lora(tiny_model("bert"), "classification"), "x", "gguf")
+    with pytest.raises(ModelError, match="no active LoRA adapter"):
+        export_adapter(tiny_model("bert"), "x")
+    with pytest.raises(ModelError, match="DoRA|Dora"):
+        lora_modules(with_lora(tiny_model("bert"), "classification", use_dora=True))
+
+
+def test_a_temporary_adapter_leaves_no_trace() -> None:
+    model = tiny_model("roberta")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with temporary_adapter(model, "classification") as adapted:
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(1.0)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[n], before[n]) and after[n].requires_grad for n in before)
