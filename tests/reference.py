@@ -58,7 +58,9 @@ def looped_lookahead(model: nn.Module, kind: str, batch: Batch, steps: Tensor) -
     return torch.stack(losses)
 
 
-def looped_sensitivity(model: nn.Module, kind: str, batch: Batch, estimator: str) -> dict[str, float]:
+def looped_sensitivity(
+    model: nn.Module, kind: str, batch: Batch, estimator: str
+) -> dict[str, float]:
     """E_i Σ|W ⊙ ∇W ℓ_i| or E_i Σ ∇W² with the frozen weights really trainable."""
     modules = lora_modules(model)
     with_gradient(modules)
@@ -72,7 +74,9 @@ def looped_sensitivity(model: nn.Module, kind: str, batch: Batch, estimator: str
                 continue
             weight = base_weight(module.base)
             gradient = gradient.T if type(module.base).__name__ == "Conv1D" else gradient
-            term = (weight * gradient).abs() if estimator == "weight_gradient" else gradient.square()
+            term = (
+                (weight * gradient).abs() if estimator == "weight_gradient" else gradient.square()
+            )
             totals[module.name] += float(term.sum()) / len(samples)
     return totals
 
@@ -119,4 +123,3 @@ def looped_allocation(
 def dense_delta(module: LoraModule) -> Tensor:
     """scale · B A (out, in)."""
     return module.scale * module.b.weight @ module.a.weight
-

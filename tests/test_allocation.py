@@ -22,7 +22,9 @@ modules = st.dictionaries(
 
 def sensitivity_of(found: dict[str, tuple[float, tuple[int, int]]]) -> LayerSensitivity:
     values = {name: value for name, (value, _) in found.items()}
-    return LayerSensitivity("weight_gradient", values, {n: shape for n, (_, shape) in found.items()})
+    return LayerSensitivity(
+        "weight_gradient", values, {n: shape for n, (_, shape) in found.items()}
+    )
 
 
 @given(modules, st.integers(1, 6), st.integers(0, 1), st.integers(1, 12))

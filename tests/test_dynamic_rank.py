@@ -72,7 +72,8 @@ def test_state_saved_and_loaded_goes_on_exactly() -> None:
     loop(second, second_ranks, second_optimizer, range(13, 30))
     assert second_ranks.history == ranks.history
     assert all(
-        torch.equal(a, b) for a, b in zip(lora_parameters(model), lora_parameters(second), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(lora_parameters(model), lora_parameters(second), strict=True)
     )
 
 
@@ -89,7 +90,9 @@ def trainer_of(model: Any, folder: Path, callback: Any, **more: Any) -> Trainer:
         **more,
     )
     rows = rows.remove_columns("id")
-    return Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[callback])
+    return Trainer(
+        model, arguments, train_dataset=rows, data_collator=collate, callbacks=[callback]
+    )
 
 
 def test_the_callback_moves_ranks_in_a_plain_trainer(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def lora_config(
     """
     adapted = plan.adapted
     if not adapted:
-        raise ConfigError("The rank plan adapts no module: raise ranks.mean_rank or ranks.parameters.")
+        raise ConfigError(
+            "The rank plan adapts no module: raise ranks.mean_rank or ranks.parameters."
+        )
     largest = max(adapted.values())
     config = LoraConfig(
         r=largest,
@@ -190,7 +192,9 @@ def _zero(
             continue
         if value.shape == parameter.shape:
             value.index_fill_(dimension, index, 0.0)
-        elif value.shape == parameter.shape[dimension : dimension + 1]:  # Adafactor's factored moment
+        elif (
+            value.shape == parameter.shape[dimension : dimension + 1]
+        ):  # Adafactor's factored moment
             value.index_fill_(0, index, 0.0)
 
 
@@ -250,7 +254,9 @@ def _packed(
         ranks, scales = dict.fromkeys(ranks, largest), dict.fromkeys(ranks, common)
     set_patterns(config, {n: r for n, r in ranks.items() if r}, scales)
     config.target_modules = sorted(name for name, rank in ranks.items() if rank)
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, config
+    return {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()
+    }, config
 
 
 def _pad(tensor: Tensor, rank: int, dimension: int) -> Tensor:

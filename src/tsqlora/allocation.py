@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tsqlora.artefacts import atomic_write_json
 from tsqlora.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class RankPlan:
 
     def save(self, path: str | Path) -> None:
         """Write `plan.json`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:
@@ -82,7 +83,9 @@ class RankPlan:
             shapes = {name: (int(s[0]), int(s[1])) for name, s in raw["shapes"].items()}
             return cls(dict(raw["ranks"]), shapes, float(raw["scale"]), int(raw["budget"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is not a rank plan ({error}): make it again by `tsqlora plan`.") from error
+            raise RunError(
+                f"{path} is not a rank plan ({error}): make it again by `tsqlora plan`."
+            ) from error
 
 
 def pattern_key(name: str) -> str:

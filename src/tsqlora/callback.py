@@ -69,7 +69,12 @@ class DynamicRankCallback(TrainerCallback):
                 "Trainer(..., callbacks=[DynamicRankCallback()])."
             )
         self.ranks = DynamicRank(
-            kwargs["model"], kwargs["optimizer"], state.max_steps, self.plan, self.schedule, self.seed
+            kwargs["model"],
+            kwargs["optimizer"],
+            state.max_steps,
+            self.plan,
+            self.schedule,
+            self.seed,
         )
         saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step:

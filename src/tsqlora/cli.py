@@ -156,5 +156,9 @@ def _readable(result: Result, indent: str = "") -> str:
         if isinstance(value, dict):
             lines += [f"{indent}{key}:", _readable(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {value:.4g}" if isinstance(value, float) else f"{indent}{key}: {value}")
+            lines.append(
+                f"{indent}{key}: {value:.4g}"
+                if isinstance(value, float)
+                else f"{indent}{key}: {value}"
+            )
     return "\n".join(lines)

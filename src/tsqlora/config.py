@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -214,10 +214,11 @@ def _training_hints() -> dict[str, Any]:
     from transformers import TrainingArguments
 
     scalars = {bool, int, float, str, NoneType}
+    hints = get_type_hints(TrainingArguments)
     return {
-        each.name: each.type if scalars.issuperset(get_args(each.type) or (each.type,)) else Any
+        each.name: hint if scalars.issuperset(get_args(hint) or (hint,)) else Any
         for each in fields(TrainingArguments)
-        if each.init and each.name not in _REFUSED
+        if each.init and each.name not in _REFUSED and (hint := hints[each.name])
     }
 
 

@@ -6,7 +6,6 @@ frozen and so backward costs about one forward.
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tsqlora.artefacts import read_json
 from tsqlora.run_folder import RunFolder
 
 
@@ -60,10 +60,7 @@ def _cost(folder: RunFolder, stages: dict[str, dict[str, float]]) -> dict[str, A
 
 
 def _read(folder: RunFolder) -> dict[str, Any]:
-    if not folder.metrics.exists():
-        return {}
-    cost = json.loads(folder.metrics.read_text(encoding="utf-8")).get("cost", {})
-    return dict(cost)
+    return dict(read_json(folder.metrics).get("cost", {})) if folder.metrics.exists() else {}
 
 
 def _stages(folder: RunFolder) -> dict[str, dict[str, float]]:

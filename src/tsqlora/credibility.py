@@ -28,6 +28,8 @@ BINS = 20
 """Bins of u; each holds 5 % of the null."""
 ENOUGH = 40
 """Below so many samples (or null losses of a group) nothing is said."""
+SIGNIFICANT = 6.6
+"""2 Δ log-likelihood that chance exceeds once in a hundred."""
 STEEPEST = 1.6
 """Above this ratio of f between the third and the last quarter of u, right targets reach into the
 null's range: the model does not know the task well enough for its losses to judge the targets."""
@@ -98,7 +100,7 @@ def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -
     """Credibility where trusted samples show what right targets cost: f₁ is their density of u.
 
     ρ maximises the likelihood of the pool under (1 - ρ) f₁ + ρ; it counts only when the gain over
-    ρ = 0 is significant (2 ΔlogL > 6.6). A reference that is itself dirty by the null is not
+    ρ = 0 is significant for two samples of these sizes. A reference that is itself dirty by the null is not
     believed, nor is one of fewer than `ENOUGH` samples: then the null alone judges.
     """
     by_null = from_null(reference_u, classes)
@@ -109,7 +111,8 @@ def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -
     grid = np.linspace(0, 0.95, 191)[:, None]
     likelihood = (counts * np.log((1 - grid) * trusted + grid / BINS)).sum(1)
     best = int(likelihood.argmax())
-    if 2 * (likelihood[best] - likelihood[0]) < 6.6:
+    gain = 2 * (likelihood[best] - likelihood[0])
+    if gain * len(reference_u) / (len(reference_u) + len(u)) < SIGNIFICANT:
         return Credibility(np.ones(len(u)), 0.0, "no sign of wrong targets beside the reference")
     density = float(grid[best, 0])
     share = _share(density, classes)

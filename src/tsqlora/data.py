@@ -85,7 +85,9 @@ def require_columns(dataset: Dataset, columns: Iterable[str], where: str) -> Non
     known = [name for name in dataset.column_names if name != "id"]
     problems = []
     for column in dict.fromkeys(columns):
-        if column not in dataset.column_names:
+        if column == "id" and "id_" in known:
+            problems.append(f"{where}: the column 'id' of the data is kept as 'id_'. Write id_.")
+        elif column not in dataset.column_names:
             near = get_close_matches(column, known, n=1)
             problems.append(
                 f"{where}: there is no column {column!r}; the columns are {', '.join(known)}."
@@ -216,10 +218,10 @@ def _load_hub(source: str, name: str, rest: Sequence[str], split: str | None) ->
     try:
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever the hub's clients raise, the user can only check these
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
             f"there is no file or folder {source}, and the hub gives no data set of that name: "
-            f"{reason} Check the name and the network, or give a local file."
+            f"{reason}. Check the name and the network, or give a local file."
         ) from None
     return _choose_split(loaded, source, asked or split, bool(asked))
 

@@ -95,7 +95,9 @@ class DynamicRank:
         seed: int = 0,
     ) -> None:
         if total_steps < 1:
-            raise TrainingError(f"total_steps = {total_steps}: dynamic ranks need to know the length.")
+            raise TrainingError(
+                f"total_steps = {total_steps}: dynamic ranks need to know the length."
+            )
         self.modules = lora_modules(model)
         self.optimizer, self.seed = optimizer, seed
         self.schedule = schedule or RankSchedule()
@@ -149,9 +151,7 @@ class DynamicRank:
 
     def _clear(self) -> None:
         self._observed = 0
-        self._importance = {
-            m.name: torch.zeros(m.rank, dtype=torch.float64) for m in self.modules
-        }
+        self._importance = {m.name: torch.zeros(m.rank, dtype=torch.float64) for m in self.modules}
         self._demand = dict.fromkeys(self._importance, 0.0)
 
     def _observe(self) -> None:
@@ -190,7 +190,8 @@ class DynamicRank:
         """The plan made again: weights √(planned rank · √demand share), caps the physical ranks."""
         total = sum(self._demand.values()) or 1.0
         weights = {
-            name: (self.planned[name] * (self._demand[name] / total) ** 0.5) ** 0.5 for name in current
+            name: (self.planned[name] * (self._demand[name] / total) ** 0.5) ** 0.5
+            for name in current
         }
         shapes = {m.name: m.shape for m in self.modules if weights[m.name] > 0}
         if not shapes:
@@ -198,7 +199,9 @@ class DynamicRank:
         fixed = sum(current[m.name] * sum(m.shape) for m in self.modules if m.name not in shapes)
         sensitivity = LayerSensitivity("demand", {n: weights[n] for n in shapes}, shapes)
         most = {m.name: m.rank for m in self.modules}
-        plan = allocate_ranks(sensitivity, parameters=self.budget - fixed, max_rank=max(most.values()))
+        plan = allocate_ranks(
+            sensitivity, parameters=self.budget - fixed, max_rank=max(most.values())
+        )
         wanted = {name: min(max(rank, 1), most[name]) for name, rank in plan.ranks.items()}
         return {**current, **wanted}
 
@@ -232,7 +235,9 @@ class DynamicRank:
         grown: dict[str, int] = {}
         wanting = [m for m in self.modules if target[m.name] > current[m.name]]
         while wanting:
-            wanting.sort(key=lambda m: (-(target[m.name] - current[m.name] - grown.get(m.name, 0)), m.name))
+            wanting.sort(
+                key=lambda m: (-(target[m.name] - current[m.name] - grown.get(m.name, 0)), m.name)
+            )
             module = wanting[0]
             free = (~active(module)).nonzero().flatten().tolist()
             short = target[module.name] - current[module.name] - grown.get(module.name, 0)

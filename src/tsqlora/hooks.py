@@ -28,7 +28,9 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, entered: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, entered: Tensor, sink: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(entered)
         ctx.sink = sink
         return output.view_as(output)

@@ -184,7 +184,11 @@ def _within(name: str, module: str) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear modules (nn.Linear and GPT-2's Conv1D)."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    ]
 
 
 def _shown(targets: object) -> str:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from tsqlora.errors import ModelError
 
-CLASSIFICATION, REGRESSION, SEQ2SEQ, CAUSAL_LM = "classification", "regression", "seq2seq", "causal-lm"
+CLASSIFICATION, REGRESSION, SEQ2SEQ, CAUSAL_LM = (
+    "classification",
+    "regression",
+    "seq2seq",
+    "causal-lm",
+)
 KINDS = (CLASSIFICATION, REGRESSION, SEQ2SEQ, CAUSAL_LM)
 IGNORED = -100
 """The label of a position that carries no loss, as everywhere in transformers."""

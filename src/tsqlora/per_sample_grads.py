@@ -145,7 +145,9 @@ class PerSampleGradients:
         self.lengths, self._reached = set(self._taps.lengths), False
         self._taps.backward(losses, self._parameters)
         if not self._reached:
-            raise ModelError("The loss reaches no LoRA factor: is the adapter active and trainable?")
+            raise ModelError(
+                "The loss reaches no LoRA factor: is the adapter active and trainable?"
+            )
 
     def _consume(self, factor: str, inputs: Tensor, gradients: Tensor) -> None:
         self._reached = True

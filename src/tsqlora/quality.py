@@ -98,7 +98,9 @@ class QualityScores:
             table = pq.read_table(path)
             arrays = {name: table[_column(name)].to_numpy() for name in _COLUMNS}
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise RunError(f"{path} holds no quality scores ({error}): run `tsqlora score`.") from error
+            raise RunError(
+                f"{path} holds no quality scores ({error}): run `tsqlora score`."
+            ) from error
         notes = table.schema.metadata or {}
         return cls(
             **arrays,

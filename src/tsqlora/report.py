@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import platform
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,61 +10,79 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tsqlora.allocation import RankPlan
 from tsqlora.artefacts import atomic_write_text, read_json, read_lines
-from tsqlora.config import RunConfig
-from tsqlora.figures import Grid, curves, grids, histogram, kind_of, number
-from tsqlora.quality import QualityScores
+from tsqlora.figures import Curves, curves, number
+from tsqlora.report_ranks import ranks_part, sensitivity_part
+from tsqlora.report_samples import samples_part
 from tsqlora.run_folder import RunFolder
 
-logger = logging.getLogger("tsqlora")
-
-SHOWN = 50
-"""Samples in each table."""
-CUT = 300
-"""Characters of a text that are shown."""
-MOVES = 12
-"""Columns of the table of ranks over time."""
-CLASSES = 40
-"""Classes in the table of shares."""
-
-TERMS = {
-    "loss": "ℓ, before training, after the brief adaptation",
-    "gradient_norm": "‖∇ℓ‖₂, how strongly the sample pulls at the adapter",
-    "loss_reduction": "Δℓ, what one step on the sample itself would gain",
-    "convergence": "ΔC, how far its gradient agrees with those it should agree with",
-    "credibility": "c, the probability that the target is right",
-    "quality": "Q, the weighted sum of the three terms",
-    "probability": "p, the probability of being drawn",
-}
 PACKAGES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate", "numpy")
-
-_HIDDEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+STAGES = {
+    "adaptation": "brief adaptation",
+    "scores": "quality scores",
+    "sensitivity": "layer sensitivity",
+    "training": "training",
+}
+SPLITS = {"base": "untouched model", "validation": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What the samples say: (text, target) by id, and the class of every sample where it has one."""
+class Metrics:
+    """A row a metric, a column a split, and the one figure that comes first.
 
-    by_id: dict[int, tuple[str, str]]
-    classes: list[str] | None
-    problem: str | None = None
+    `base`, the untouched model, was measured on the first of the other splits.
+    """
+
+    splits: list[str]
+    rows: list[tuple[str, list[float | None]]]
+    headline: tuple[str, str, float | None] | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage cost, and its share of all seconds."""
+
+    name: str
+    seconds: float
+    passes: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run cost; the peak of memory in bytes."""
+
+    stages: list[Stage]
+    seconds: float
+    passes: float
+    memory: float | None
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Loss and learning rate by step; the last training loss."""
+
+    losses: Curves
+    rates: Curves | None
+    steps: int
+    last: float | None
 
 
 def write_report(run: str | Path) -> Path:
-    """Write `report.html` of a run folder from its artefacts; those not there yet are passed over.
+    """Write `report.html` of a run folder; what is not there yet is left out with a note.
 
     Raises:
         RunError: there is no run, an artefact is broken, or nothing can be written.
+        ConfigError: `config.yaml` has been broken.
     """
     folder = RunFolder.open(run)
     config = folder.load_config()
-    scores = QualityScores.from_parquet(folder.scores) if folder.scores.exists() else None
     metrics = read_json(folder.metrics) if folder.metrics.exists() else {}
-    page = _environment().get_template("report.html.j2").render(
+    page = _environment().get_template("report.html.j2")
+    text = page.render(
         name=folder.path.resolve().name,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         config=config,
@@ -77,12 +90,13 @@ def write_report(run: str | Path) -> Path:
         finished=folder.adapter.exists(),
         metrics=_metrics(metrics),
         cost=_cost(metrics.get("cost") or {}),
+        samples=samples_part(folder, config),
+        sensitivity=sensitivity_part(folder),
+        ranks=ranks_part(folder),
         training=_training(folder),
         versions={"python": platform.python_version(), **_versions()},
-        **_plan(folder),
-        **_samples(config, scores, folder),
     )
-    atomic_write_text(folder.report, page)
+    atomic_write_text(folder.report, text)
     return folder.report
 
 
@@ -95,121 +109,93 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    environment.filters["share"] = lambda part: "–" if part is None else f"{100 * part:.1f} %"
-    environment.filters["duration"] = _duration
+    environment.filters["percent"] = lambda part: f"{100 * part:.1f} %"
+    environment.filters["seconds"] = _duration
     environment.filters["words"] = lambda name: name.replace("_", " ")
     return environment
 
 
-def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """`splits` measured, and for each metric its values; `base` belongs to the first split."""
-    names = {"base": "untouched model", "validation": "validation", "test": "test"}
-    splits = {name: title for name, title in names.items() if metrics.get(name)}
-    rows = list(dict.fromkeys(metric for name in splits for metric in metrics[name]))
-    table = {row: [metrics[name].get(row) for name in splits] for row in rows}
-    trained = [name for name in splits if name != "base"]
-    return {"splits": list(splits.values()), "table": table, "best": _headline(metrics, trained)}
-
-
-def _headline(metrics: Mapping[str, Any], splits: list[str]) -> dict[str, Any] | None:
-    """The first metric of the last split, and the untouched model's where it is of that split."""
-    if not splits:
+def _metrics(metrics: Mapping[str, Any]) -> Metrics | None:
+    measured = [split for split in SPLITS if metrics.get(split)]
+    trained = [split for split in measured if split != "base"]
+    if not measured:
         return None
-    name, value = next(iter(metrics[splits[-1]].items()))
-    base = (metrics.get("base") or {}).get(name) if len(splits) == 1 else None
-    return {"metric": name, "split": splits[-1], "value": value, "base": base}
+    names = list(dict.fromkeys(name for split in measured for name in metrics[split]))
+    rows = [(name, [metrics[split].get(name) for split in measured]) for name in names]
+    headline = None
+    if trained:
+        name, value = next(iter(metrics[trained[-1]].items()))
+        headline = (name, trained[-1], value)
+    return Metrics([_title(split, trained) for split in measured], rows, headline)
 
 
-def _cost(cost: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where seconds and passes went, stage by stage."""
-    if not cost:
-        return None
+def _title(split: str, trained: list[str]) -> str:
+    return SPLITS[split] + (f" ({trained[0]})" if split == "base" and trained else "")
+
+
+def _cost(cost: Mapping[str, Any]) -> Cost | None:
+    """Stage by stage where that was kept, else scoring and training."""
     stages = cost.get("stages") or {
         stage: {"seconds": cost[f"{stage}_seconds"], "passes": cost.get(f"{stage}_passes")}
         for stage in ("scoring", "training")
         if cost.get(f"{stage}_seconds") is not None
     }
-    total = sum(stage["seconds"] or 0 for stage in stages.values())
-    memory = cost.get("peak_memory_bytes")
-    return {
-        "stages": stages,
-        "seconds": total,
-        "passes": sum(stage["passes"] or 0 for stage in stages.values()),
-        "memory": memory and f"{memory / 1e9:.2f} GB",
-        "parameters": cost.get("trainable_parameters"),
-    }
+    if not stages:
+        return None
+    seconds = {name: float(stage["seconds"] or 0) for name, stage in stages.items()}
+    passes = {name: float(stage["passes"] or 0) for name, stage in stages.items()}
+    total = sum(seconds.values())
+    return Cost(
+        [Stage(STAGES.get(n, n), s, passes[n], s / (total or 1.0)) for n, s in seconds.items()],
+        total,
+        sum(passes.values()),
+        cost.get("peak_memory_bytes"),
+        cost.get("trainable_parameters"),
+    )
 
 
-def _plan(folder: RunFolder) -> dict[str, Any]:
-    """The rank plan, where the ranks went from there, and the sensitivity."""
-    sensitivity = read_json(folder.sensitivity) if folder.sensitivity.exists() else None
-    values = {} if sensitivity is None else {n: v or 0.0 for n, v in sensitivity["modules"].items()}
-    largest = max(values.values(), default=0.0)
-    found: dict[str, Any] = {
-        "sensitivity": sensitivity and {"estimator": sensitivity["estimator"], "largest": largest},
-        "sensitivity_grids": grids(values, unit=largest / 100 or 1.0),
-        "plan": None,
-        "moves": [],
-    }
-    if not folder.plan.exists():
-        return found
-    plan = RankPlan.load(folder.plan)
-    moves = read_lines(folder.ranks)
-    history = [(0, plan.ranks)] + [(m["step"], {**plan.ranks, **m["ranks"]}) for m in moves]
-    final = history[-1][1]
-    changes = {n: r - plan.ranks[n] for n, r in final.items() if n in plan.ranks}
-    remarks = {name: f"{change:+d}" for name, change in changes.items() if change}
-    found["plan"] = {
-        "planned": plan,
-        "mean": sum(final.values()) / max(len(final), 1),
-        "least": min(final.values(), default=0),
-        "most": max(final.values(), default=0),
-        "modules": len(final),
-        "unused": sum(rank == 0 for rank in final.values()),
-        "moved": any(changes.values()),
-        "gained": sorted((c, n) for n, c in changes.items() if c > 0)[::-1][:5],
-        "lost": sorted((c, n) for n, c in changes.items() if c < 0)[:5],
-        "grids": grids(final, remarks),
-        "over_time": _over_time(history),
-    }
-    found["moves"] = _moves(history, moves, plan)
+def _training(folder: RunFolder) -> Training | None:
+    """From `train_log.jsonl`, or from the newest checkpoint while training is not finished."""
+    log = read_lines(folder.train_log) or _checkpoint_log(folder)
+    series = {key: [(e["step"], e[key]) for e in log if _has(e, key)] for key in _LOGGED}
+    losses = curves({"training": series["loss"], "validation": series["eval_loss"]})
+    if losses is None:
+        return None
+    last = series["loss"][-1][1] if series["loss"] else None
+    rates = curves({"learning rate": series["learning_rate"]})
+    return Training(
+        losses, rates, max(int(entry["step"]) for entry in log if "step" in entry), last
+    )
+
+
+_LOGGED = ("loss", "eval_loss", "learning_rate")
+
+
+def _has(entry: Mapping[str, Any], key: str) -> bool:
+    return entry.get(key) is not None and entry.get("step") is not None
+
+
+def _checkpoint_log(folder: RunFolder) -> list[dict[str, Any]]:
+    states = list(folder.checkpoints.glob("**/trainer_state.json"))
+    if not states:
+        return []
+    newest = max((read_json(state) for state in states), key=lambda s: s.get("global_step") or 0)
+    return list(newest.get("log_history") or [])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
     return found
 
 
-def _over_time(history: list[tuple[int, dict[str, int]]]) -> Grid:
-    """The total rank of each kind of module, at the plan and after reallocations."""
-    if len(history) > MOVES:
-        picked = np.linspace(0, len(history) - 1, MOVES).round().astype(int)
-        history = [history[i] for i in picked]
-    totals: dict[str, float] = {}
-    for step, ranks in history:
-        for name, rank in ranks.items():
-            key = f"{kind_of(name)}\n{step}"
-            totals[key] = totals.get(key, 0) + rank
-    kinds = list(dict.fromkeys(key.split("\n")[0] for key in totals))
-    most = max(totals.values(), default=0) or 1
-    shaded = {key: (str(int(v)), round(100 * v / most)) for key, v in totals.items()}
-    columns = ["plan" if step == 0 else f"step {step}" for step, _ in history]
-    return Grid("", columns, [(k, [_cell(shaded, k, step) for step, _ in history]) for k in kinds])
-
-
-def _moves(
-    history: list[tuple[int, dict[str, int]]], moves: list[dict[str, Any]], plan: RankPlan
-) -> list[dict[str, Any]]:
-    """A row a reallocation: what was pruned and grown, and what it left."""
-    rows = []
-    for move, (step, ranks) in zip(moves, history[1:], strict=True):
-        parameters = sum(r * sum(plan.shapes[n]) for n, r in ranks.items() if n in plan.shapes)
-        rows.append(
-            {
-                "step": step,
-                "pruned": sum(move["pruned"].values()),
-                "pruned_in": len(move["pruned"]),
-                "grown": sum(move["grown"].values()),
-                "grown_in": len(move["grown"]),
-                "rank": sum(ranks.values()),
-                "parameters": parameters,
-                "used": parameters / plan.budget if plan.budget else None,
-            }
-        )
-    return rows
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from tsqlora.config import RunConfig
+from tsqlora.config import DataConfig, RunConfig
+from tsqlora.errors import DataError, TsqloraError
 from tsqlora.figures import Histogram, histogram
 from tsqlora.quality import CREDIBLE, QualityScores
 from tsqlora.run_folder import RunFolder
@@ -116,7 +117,9 @@ def samples_part(folder: RunFolder, config: RunConfig) -> Samples | None:
         effective=scores.effective_samples,
         doubtful=int((scores.credibility < CREDIBLE).sum()),
         verdict=scores.verdict,
-        terms=[(n, text, histogram(getattr(scores, n), scores.selected)) for n, text in TERMS.items()],
+        terms=[
+            (n, text, histogram(getattr(scores, n), scores.selected)) for n, text in TERMS.items()
+        ],
         doubted=_samples(scores, doubted.tolist(), texts),
         informative=_samples(scores, informative.tolist(), texts),
         shares=_shares(scores, texts.classes),
@@ -155,10 +158,59 @@ def _samples(scores: QualityScores, rows: Sequence[int], texts: _Texts) -> list[
 def _shares(scores: QualityScores, classes: dict[int, str]) -> list[Share]:
     names = [classes.get(number) for number in scores.ids.tolist()]
     before = Counter(name for name in names if name is not None)
-    after = Counter(n for n, kept in zip(names, scores.selected, strict=True) if kept and n is not None)
+    after = Counter(
+        n for n, kept in zip(names, scores.selected, strict=True) if kept and n is not None
+    )
     counts = [(cut(name), count, after[name]) for name, count in before.most_common()]
     if rest := counts[CLASSES:]:
         other = (f"{len(rest)} others", sum(c for _, c, _ in rest), sum(a for _, _, a in rest))
         counts = [*counts[:CLASSES], other]
     total, kept = max(before.total(), 1), max(after.total(), 1)
     return [Share(name, count, count / total, some / kept) for name, count, some in counts]
+
+
+def _texts(config: RunConfig, ids: list[int]) -> _Texts:
+    """What the training data says about the samples `ids`; nothing, and why, if it is gone."""
+    from tsqlora.data import load_dataset
+
+    try:
+        dataset = load_dataset(config.data.train, "data.train")
+        if ids and max(ids) >= len(dataset):
+            raise DataError(
+                f"data.train: {config.data.train} has fewer rows than when it was scored."
+            )
+        features = dataset.features
+        shown = {int(row["id"]): _said(row, config.data, features) for row in dataset.select(ids)}
+        classes: dict[int, str] = {}
+        if config.task == "classification" and config.data.target in dataset.column_names:
+            named = [
+                _label(value, features, config.data.target) for value in dataset[config.data.target]
+            ]
+            classes = dict(zip(dataset["id"], named, strict=True))
+        return _Texts(shown, classes)
+    except (TsqloraError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("The report shows no texts: %s", error)
+        return _Texts(problem=cut(error))
+
+
+def _said(row: Mapping[str, Any], data: DataConfig, features: Mapping[str, Any]) -> tuple[str, str]:
+    """(text, target) of a row, as configured."""
+    from tsqlora.data import render
+
+    if data.messages is not None:
+        turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in row[data.messages]]
+        return " ".join(turns[:-1]), " ".join(turns[-1:])
+    specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
+    text = " ‖ ".join(render(row, spec) for spec in specs)
+    if data.target is None:
+        return text, ""
+    named = data.target in row
+    return text, _label(row[data.target], features, data.target) if named else render(
+        row, data.target
+    )
+
+
+def _label(value: Any, features: Mapping[str, Any], column: str) -> str:
+    """The class's name where the data set names its classes, else the value."""
+    names = getattr(features[column], "names", None)
+    return str(names[value]) if names and isinstance(value, int) and value >= 0 else str(value)

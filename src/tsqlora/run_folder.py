@@ -115,7 +115,8 @@ class RunFolder:
     def create(cls, path: str | Path, config: RunConfig, resume: bool = False) -> RunFolder:
         """Start a run, or go on with the one of the same configuration.
 
-        An absent or empty folder becomes a new run. A run of the same configuration goes on; if its
+        An absent or empty folder becomes a new run, as does one that holds a configuration only,
+        of a run that ended before its first artefact. A run of the same configuration goes on; if its
         training has begun, only with `resume`.
 
         Raises:
@@ -128,10 +129,10 @@ class RunFolder:
                 raise RunError(f"{run.path} is a file, not a folder: choose another `output`.")
             run.path.mkdir(parents=True, exist_ok=True)
             run._check_room()
-            if run.config.exists():
+            if run.config.exists() and run._entries() != {run.config.name}:
                 run._check_same(config)
                 run._check_begun(resume)
-            elif any(not is_temporary(entry) for entry in run.path.iterdir()):
+            elif run._entries() - {run.config.name}:
                 raise RunError(
                     f"{run.path} is not empty and holds no run (no config.yaml): choose another "
                     "`output`, or empty the folder."
@@ -193,6 +194,9 @@ class RunFolder:
         except (RunError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is broken (%s): every stage counts as not done.", self.stages, error)
             return {}
+
+    def _entries(self) -> set[str]:
+        return {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
 
     def _check_room(self) -> None:
         free = free_bytes(self.path)

@@ -17,7 +17,14 @@ import yaml
 
 from tsqlora.errors import ConfigError
 
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_NAMES: Mapping[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    types.NoneType: "null",
+    Mapping: "a mapping of keys",
+}
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,11 @@ def fit(hint: Any, value: Any) -> Any:
         return _fit_tuple(args, value)
     if hint in (int, float):
         return _number(hint, value)
-    if hint is Any or origin is not None:
+    if hint is Any:
         return plain(value, strict=True)
-    if not isinstance(value, hint):
+    if origin is Mapping and value is None:
+        return {}
+    if not isinstance(value, origin or hint):
         raise ValueError(value)
     return plain(value)
 
@@ -147,9 +156,7 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         count = "" if args[1] is ... else f"{len(args)} times "
         return f"a list ({count}{describe(args[0])})"
-    if hint is types.NoneType:
-        return "null"
-    return _NAMES.get(hint, "made of plain YAML values")
+    return _NAMES.get(origin or hint, "made of plain YAML values")
 
 
 def plain(value: Any, strict: bool = False) -> Any:

@@ -172,7 +172,9 @@ class _Sheet:
             losses = sample_losses(self.kind, logits[kept[0].to(logits.device)], wrong)
             self.null_loss.append(_numpy(losses))
             self.null_group.append(
-                _numpy(wrong) if self.kind == CLASSIFICATION else np.zeros(len(wrong), dtype=np.int64)
+                _numpy(wrong)
+                if self.kind == CLASSIFICATION
+                else np.zeros(len(wrong), dtype=np.int64)
             )
 
     def add_mismatched(self, dataset: Dataset) -> None:
@@ -255,7 +257,11 @@ def mismatched_pairs(dataset: Dataset, kind: str) -> Dataset | None:
     if kind != CAUSAL_LM:
         targets = [row["labels"] for row in rows]
         return Dataset.from_list(
-            [{**row, "labels": targets[i - 1]} for i, row in enumerate(rows) if row["labels"] != targets[i - 1]]
+            [
+                {**row, "labels": targets[i - 1]}
+                for i, row in enumerate(rows)
+                if row["labels"] != targets[i - 1]
+            ]
         )
     prompts = [_prompt_length(row["labels"]) for row in rows]
     if not all(prompts):

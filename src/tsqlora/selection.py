@@ -69,7 +69,12 @@ class QualitySampler(Sampler[int]):
     """
 
     def __init__(self, scores: QualityScores, fraction: float = 0.5, seed: int = 0) -> None:
-        self.probability, self.fraction, self.seed, self.epoch = scores.probability, fraction, seed, 0
+        self.probability, self.fraction, self.seed, self.epoch = (
+            scores.probability,
+            fraction,
+            seed,
+            0,
+        )
         self._size = draw_size(len(scores.ids), fraction)
 
     def set_epoch(self, epoch: int) -> None:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from tsqlora.batches import Batch, Collator, batches, forward_losses, singly, subset
+from tsqlora.artefacts import atomic_write_json
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.hooks import SampleTaps, SharedInput
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter
@@ -39,11 +40,16 @@ class LayerSensitivity:
     def to_dict(self) -> dict[str, object]:
         """As in `sensitivity.json`."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"version": 1, "estimator": self.estimator, "modules": self.modules, "shapes": shapes}
+        return {
+            "version": 1,
+            "estimator": self.estimator,
+            "modules": self.modules,
+            "shapes": shapes,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write `sensitivity.json`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> LayerSensitivity:

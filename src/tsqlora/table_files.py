@@ -140,7 +140,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: not valid JSON, {error.msg} at column {error.colno}. "

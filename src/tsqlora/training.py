@@ -7,15 +7,13 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -25,8 +23,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from tsqlora.batches import Collator
 from tsqlora.errors import ConfigError, TrainingError
+from tsqlora.selection import QualitySampler
 
 logger = logging.getLogger("tsqlora")
 
@@ -48,14 +46,24 @@ COMPLETE = "complete"
 class PoolTrainer(Trainer):
     """A Trainer that takes its order from `sampler` and stops at a loss that is not finite."""
 
-    def __init__(self, sampler: Sampler[int], **settings: Any) -> None:
+    def __init__(self, sampler: QualitySampler, **settings: Any) -> None:
         super().__init__(**settings)
         self.sampler = sampler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def passes(self) -> float:
+        """Sample passes that the whole training takes."""
+        arguments = self.args
+        if arguments.max_steps > 0:
+            batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+            return float(arguments.max_steps * batch * arguments.world_size)
+        return len(self.sampler) * arguments.num_train_epochs
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> QualitySampler:
         return self.sampler
 
-    def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **named: Any) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Any, *rest: Any, **named: Any
+    ) -> torch.Tensor:
         """One step; raises TrainingError before the optimizer could take in a NaN."""
         loss = super().training_step(model, inputs, *rest, **named)
         if not math.isfinite(float(loss)):
@@ -67,9 +75,7 @@ class PoolTrainer(Trainer):
         return loss
 
 
-def training_arguments(
-    settings: Mapping[str, Any], output: Path, seed: int
-) -> TrainingArguments:
+def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:
     """`TrainingArguments` from the `training:` section, with our defaults below it.
 
     Raises:
@@ -119,7 +125,7 @@ def run_training(trainer: PoolTrainer, resume: bool) -> None:
 
 
 class InterruptCallback(TrainerCallback):
-    """The first Ctrl-C ends training after the running step, with a checkpoint; the second at once."""
+    """The first Ctrl-C saves a checkpoint after the running step and stops; the second at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -140,7 +146,7 @@ class InterruptCallback(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        logger.warning("Interrupted: saving a checkpoint after this step (Ctrl-C again to stop at once).")
+        logger.warning("Interrupted: saving a checkpoint after this step; again: stop at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,28 +168,6 @@ class CompleteCallback(TrainerCallback):
             (folder / COMPLETE).touch()
 
 
-def make_trainer(
-    model: nn.Module,
-    arguments: TrainingArguments,
-    train: Dataset,
-    validation: Dataset | None,
-    collator: Collator,
-    sampler: Sampler[int],
-    callbacks: Sequence[TrainerCallback],
-) -> PoolTrainer:
-    """A `PoolTrainer` over encoded data."""
-    return PoolTrainer(
-        sampler,
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=collator,
-        callbacks=list(callbacks),
-    )
-
-
 def _last_good(folder: str) -> str:
     last = resumable_checkpoint(Path(folder))
-    kept = f"The last good checkpoint is kept: {last}." if last else "No checkpoint was written yet."
-    return kept
+    return f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."

