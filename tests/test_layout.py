@@ -17,11 +17,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 
 # Each module imports only modules that stand before it.
 ORDER = [
-    "errors", "config", "data", "losses", "tasks", "metrics",
+    "errors", "schema", "config", "artefacts", "table_files", "data",
+    "losses", "loading", "encoding", "labels", "base_task", "tasks", "metrics",
     "hooks", "lora_layers", "batches", "adaptation", "per_sample_grads",
     "credibility", "quality", "selection", "scoring", "sensitivity",
     "allocation", "adapter", "dynamic_rank", "callback",
-    "run_folder", "training", "cost", "pipeline", "report",
+    "run_folder", "training", "cost", "inputs", "model_card", "baseline", "pipeline",
+    "figures", "report_ranks", "report_samples", "report",
     "demo_data", "demo", "cli", "__main__",
 ]  # fmt: skip
 

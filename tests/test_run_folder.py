@@ -244,6 +244,7 @@ def test_another_configuration_is_refused_and_the_keys_that_differ_are_named(
 ) -> None:
     before = configuration(tmp_path, training={"learning_rate": 0.001})
     run = RunFolder.create(tmp_path, before)
+    run.scores.touch()
     written = run.config.read_text()
     other = configuration(
         tmp_path, seed=3, quality={"fraction": 0.25}, training={"num_train_epochs": 2}
@@ -259,7 +260,7 @@ def test_another_configuration_is_refused_and_the_keys_that_differ_are_named(
 
 
 def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path, configuration(tmp_path))
+    RunFolder.create(tmp_path, configuration(tmp_path)).scores.touch()
     ranks = {"mean_rank": 4, "min_rank": 1, "max_rank": 16, "dynamic": False}
     other = configuration(tmp_path, seed=1, ranks=ranks, model="n", quality={"temperature": 2})
     with pytest.raises(RunError, match=r"; 2 more\)"):
@@ -267,7 +268,7 @@ def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
 
 
 def test_a_moved_run_is_still_the_same_run(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path / "a", configuration(tmp_path / "a"))
+    RunFolder.create(tmp_path / "a", configuration(tmp_path / "a")).scores.touch()
     (tmp_path / "a").rename(tmp_path / "b")
     RunFolder.create(tmp_path / "b", configuration(tmp_path / "b"))
 
@@ -282,6 +283,14 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_what_a_killed_first_start_leaves_does_not_block_the_next(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.0123abcd.tmp").write_text("half")
     RunFolder.create(tmp_path, configuration(tmp_path))
+
+
+def test_a_run_that_ended_before_its_first_artefact_may_change_its_configuration(
+    tmp_path: Path,
+) -> None:
+    RunFolder.create(tmp_path, configuration(tmp_path))
+    mended = configuration(tmp_path, seed=1)
+    assert RunFolder.create(tmp_path, mended).load_config() == mended
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ class DataConfig:
 
     `train`, `validation` and `test` are sources as `tsqlora.data.load_dataset` takes them;
     `validation` may be a fraction of train. `text` is a column, a pair of columns or a template,
-    `target` a column or template, `messages` the column of a chat. `max_length` is in tokens.
+    `target` a column or template, `messages` the column of a chat. `max_length` is in tokens. Of a
+    larger train at most `max_train_samples` rows are taken, drawn by the run's seed.
     """
 
     train: _Path
@@ -69,6 +70,7 @@ class DataConfig:
     target: _Name | None = None
     messages: _Name | None = None
     max_length: _Count = 128
+    max_train_samples: _Count | None = None
 
 
 @dataclass(frozen=True)

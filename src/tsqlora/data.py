@@ -187,7 +187,7 @@ def _load(source: str, split: str | None) -> Dataset:
     if looks_like_path or Path(source).suffix.lower() in READERS or glob.has_magic(source):
         raise DataError(f"there is no file {source} (from {os.getcwd()}). Check the path.")
     if len(parts) > 3 or not parts[0]:
-        raise DataError(f"{source} is no file; for the hub write name, name:config or ::split.")
+        raise DataError(f"{source} is no file; for the hub write name[:config[:split]].")
     return _load_hub(source, parts[0], parts[1:], split)
 
 

@@ -1,7 +1,10 @@
 """The demo's data: customer-support messages with intents, written by a seeded grammar.
 
-The phrases stand in ``demo_grammar.yaml``. Train is written with other phrases and fillers than
-validation and test. A message may mention a second intent in passing; its label is what it wants.
+The phrases stand in ``demo_grammar.yaml``. Validation and test use other fillers than train and in
+the main other phrases. A message may mention a second intent in passing; its label is what it wants.
+
+How hard it is: a logistic regression on the embeddings of all-MiniLM-L6-v2, trained on 1,500 rows,
+gets 0.87 to 0.91 of the test right with clean labels, 0.82 to 0.85 with a fifth of them wrong.
 """
 
 from __future__ import annotations
@@ -171,8 +174,8 @@ def _message(intent: str, split: str, rng: random.Random) -> str:
     aside = ""
     if rng.random() < _ASIDES:
         core, aside = _with_aside(core, _mention(intent, split, rng), rng)
-    parts = [(0.45, grammar["openings"][tone]), (0.25, backgrounds), (1.0, [core]), (1.0, [aside])]
-    parts += [(0.4, phrases["asks"][split]), (0.35, grammar["closings"][tone])]
+    parts = [(0.3, grammar["openings"][tone]), (0.12, backgrounds), (1.0, [core]), (1.0, [aside])]
+    parts += [(0.4, phrases["asks"][split]), (0.25, grammar["closings"][tone])]
     clauses = [rng.choice(options) for chance, options in parts if rng.random() < chance]
     return _blemish(_join(_expand(clause, slots, rng) for clause in clauses if clause), rng)
 
@@ -215,7 +218,7 @@ def _capital(text: str) -> str:
 
 def _blemish(text: str, rng: random.Random) -> str:
     """What hands do to a text: typing errors, all small or all capital letters, no full stops."""
-    for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2))):
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 2))):
         text = _typo(text, rng)
     if rng.random() < 0.1:
         text = re.sub(r"[.,!]+(?= |$)", "", text)

@@ -19,14 +19,15 @@ Encoded = dict[str, Any] | str
 Span = tuple[int, int]
 """First character and end of a target in its text."""
 
-Tokenizer = PreTrainedTokenizerBase
-
 _NOTHING = "the {} encodes to nothing. Fill it in or drop the row."
 _TO_THE_END = 1 << 62
 
 
 def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    limit: int,
 ) -> list[Encoded]:
     """Texts, or pairs of them, with the tokenizer's special tokens, cut to `limit` tokens."""
     columns = tokenizer(
@@ -40,7 +41,9 @@ def encode_texts(
     return _rows(columns, "text")
 
 
-def encode_targets(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[Encoded]:
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int
+) -> list[Encoded]:
     """The targets of seq2seq: `labels` alone, with end tokens as the tokenizer sets them."""
     columns = tokenizer(
         text_target=list(texts), truncation=True, max_length=limit, return_special_tokens_mask=True
@@ -49,15 +52,22 @@ def encode_targets(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> li
     return [row if isinstance(row, str) else {"labels": row["input_ids"]} for row in rows]
 
 
-def encode_plain(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[Encoded]:
+def encode_plain(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int
+) -> list[Encoded]:
     """Causal language modelling on plain text: every token is a target, no end token is added."""
     encoded = encode_texts(tokenizer, texts, None, limit)
-    rows = [row if isinstance(row, str) else (row["input_ids"], row["input_ids"]) for row in encoded]
+    rows = [
+        row if isinstance(row, str) else (row["input_ids"], row["input_ids"]) for row in encoded
+    ]
     return [row if isinstance(row, str) else causal_row(*row, limit) for row in rows]
 
 
 def encode_completions(
-    tokenizer: Tokenizer, prompts: Sequence[str], completions: Sequence[str], limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    limit: int,
 ) -> list[Encoded]:
     """Causal language modelling of completions: prompt and completion tokenized as one text.
 
@@ -65,7 +75,7 @@ def encode_completions(
     """
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     spans = [[(len(prompt), _TO_THE_END)] for prompt in prompts]
-    encoded = []
+    encoded: list[Encoded] = []
     for ids, labels in _with_span_labels(tokenizer, texts, spans, special_tokens=True):
         if all(label == IGNORED for label in labels):
             encoded.append(_NOTHING.format("target"))
@@ -78,7 +88,7 @@ def encode_completions(
 
 
 def encode_chats(
-    tokenizer: Tokenizer, chats: Sequence[tuple[str, Sequence[Span]]], limit: int
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[str, Sequence[Span]]], limit: int
 ) -> list[Encoded]:
     """Causal language modelling of chats as `render_chat` gives them: the spans are the targets."""
     texts, spans = [text for text, _ in chats], [spans for _, spans in chats]
@@ -87,7 +97,7 @@ def encode_chats(
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
     """A chat as the tokenizer's template writes it, and where its assistant turns stand.
 
@@ -108,16 +118,22 @@ def render_chat(
         text = _rendered(tokenizer, turns, False)
         spans = []
         for i in assistant:
-            before, after = _rendered(tokenizer, turns[:i], True), _rendered(tokenizer, turns[: i + 1])
+            before, after = (
+                _rendered(tokenizer, turns[:i], True),
+                _rendered(tokenizer, turns[: i + 1]),
+            )
             if not (after.startswith(before) and text.startswith(after)):
                 raise ModelError(
-                    f"The chat template of {tokenizer.name_or_path} rewrites earlier turns when more "
-                    "follow, so the assistant's tokens cannot be told apart: keep one user and one "
-                    "assistant turn a row, or set `tokenizer:` to one with another chat_template."
+                    f"The chat template of {tokenizer.name_or_path} rewrites earlier turns when "
+                    "more follow, so the assistant's tokens cannot be told apart: keep one user "
+                    "and one assistant turn a row, or set `tokenizer:` to one with another "
+                    "chat_template."
                 )
             spans.append((len(before), len(after)))
     except TemplateError as error:
-        raise DataError(f"the chat template refuses the messages ({error}). Mend the row.") from None
+        raise DataError(
+            f"the chat template refuses the messages ({error}). Mend the row."
+        ) from None
     return text, spans
 
 
@@ -155,7 +171,7 @@ def _rows(columns: Mapping[str, list[list[int]]], what: str) -> list[Encoded]:
 
 
 def _with_span_labels(
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     spans: Sequence[Sequence[Span]],
     special_tokens: bool,
@@ -186,7 +202,9 @@ def _turn(message: Any) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _rendered(tokenizer: Tokenizer, turns: list[dict[str, Any]], prompt: bool = False) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], prompt: bool = False
+) -> str:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
     assert isinstance(text, str)
     return text

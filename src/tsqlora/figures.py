@@ -79,21 +79,24 @@ def number(value: float | None, digits: int = 3) -> str:
     if 1e-3 <= abs(value) < 1e5:
         decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
         return f"{value:,.{decimals}f}"
-    return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
-def histogram(values: NDArray[Any], selected: NDArray[np.bool_]) -> Histogram | None:
+def histogram(
+    values: NDArray[Any], selected: NDArray[np.bool_], may_log: bool = False
+) -> Histogram | None:
     """The distribution of `values` (N); the outermost bars hold what lies further out.
 
-    None where no value is finite. The axis is logarithmic where the values are positive and their
-    1st and 99th percentiles differ by more than a factor of 50.
+    None where no value is finite. With `may_log` the axis is logarithmic if the values are positive
+    and their 1st and 99th percentiles differ by more than a factor of 50.
     """
     finite = np.isfinite(values)
     if not finite.any():
         return None
     kept, chosen = values[finite].astype(np.float64), selected[finite]
     outer = np.percentile(kept, [1, 99])
-    log = bool(kept.min() > 0 and outer[1] > 50 * outer[0])
+    log = bool(may_log and kept.min() > 0 and outer[1] > 50 * outer[0])
     scaled = np.log10(kept) if log else kept
     low, high = np.percentile(scaled, [0.5, 99.5])
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
@@ -145,8 +148,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]]) -> Curves | None
             for name, points in kept.items()
             if points
         ],
-        x_ticks=[(across(x), number(x)) for x in xs],
-        y_ticks=[(down(y), number(y)) for y in ys],
+        x_ticks=[(across(x), f"{x:,.6g}") for x in xs],
+        y_ticks=[(down(y), f"{y:,.6g}") for y in ys],
     )
 
 
@@ -154,11 +157,11 @@ def ticks(values: Iterable[float], about: int = 4) -> list[float]:
     """Round numbers (steps of 1, 2 or 5 times a power of ten) around `values`, at least two."""
     every = list(values)
     low, high = min(every), max(every)
-    rough = (high - low) / about or abs(low) / about or 1.0
+    rough = max((high - low) / about, 1e-9 * max(abs(low), abs(high))) or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

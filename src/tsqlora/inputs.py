@@ -8,6 +8,7 @@ from functools import cached_property
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
+from tsqlora.batches import subset
 from tsqlora.config import RunConfig
 from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
 from tsqlora.errors import ConfigError
@@ -46,6 +47,8 @@ class Inputs:
         elif data.validation is not None:
             parts = split_validation(splits["train"], data.validation, self.config.seed)
             splits["train"], splits["validation"] = parts
+        if data.max_train_samples is not None:
+            splits["train"] = subset(splits["train"], data.max_train_samples, self.config.seed)
         if data.test is not None:
             splits["test"] = load_dataset(data.test, "data.test")
         if reference == "validation" and "validation" not in splits:

@@ -1,4 +1,4 @@
-"""Names and folders ─► tokenizers and models; whatever fails is one `ModelError` with its remedy."""
+"""Names and folders ─► tokenizers and models; what fails is one `ModelError` with its remedy."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def load_model(name: str, auto_class: Any, config: PreTrainedConfig) -> PreTrain
     misfit = [str(key[0]) for key in found["mismatched_keys"] if not _may_be_new(key[0], model)]
     if absent or misfit:
         raise ModelError(
-            f"model: {name} lacks weights that {type(model).__name__} needs ({_few(absent + misfit)}); "
-            "its architecture does not fit the task, or its config.json does not fit the weights."
+            f"model: {name} lacks weights of {type(model).__name__} ({_few(absent + misfit)}); its "
+            "architecture does not fit the task, or its config.json does not fit the weights."
         )
     assert isinstance(model, PreTrainedModel)
     return model
@@ -158,8 +158,8 @@ def _tried(load: Callable[[], T], field: str, name: str) -> T:
     except _FAILURES as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"{field}: {name} cannot be loaded ({reason.rstrip('. ')}). Give an existing folder, or "
-            "a hub name that is downloaded already or can be; code that comes with a model is not run."
+            f"{field}: {name} cannot be loaded ({reason.rstrip('. ')}). Give an existing folder "
+            "or a hub name that is downloaded already or can be; code in a model's folder is not run."
         ) from error
 
 

@@ -49,7 +49,7 @@ from tsqlora.training import DEFAULTS, PoolTrainer, run_training, training_argum
 
 logger = logging.getLogger("tsqlora")
 
-SENSITIVITY_SAMPLES = 512
+SENSITIVITY_SAMPLES = 256
 """Selected samples that the layer sensitivity is averaged over, at 1½ passes each."""
 
 _NEEDS = {

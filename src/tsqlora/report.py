@@ -94,7 +94,7 @@ def write_report(run: str | Path) -> Path:
         sensitivity=sensitivity_part(folder),
         ranks=ranks_part(folder),
         training=_training(folder),
-        versions={"python": platform.python_version(), **_versions()},
+        versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
     )
     atomic_write_text(folder.report, text)
     return folder.report
@@ -124,8 +124,9 @@ def _metrics(metrics: Mapping[str, Any]) -> Metrics | None:
     rows = [(name, [metrics[split].get(name) for split in measured]) for name in names]
     headline = None
     if trained:
-        name, value = next(iter(metrics[trained[-1]].items()))
-        headline = (name, trained[-1], value)
+        split = trained[0] if "base" in measured else trained[-1]
+        name, value = next(iter(metrics[split].items()))
+        headline = (name, split, value)
     return Metrics([_title(split, trained) for split in measured], rows, headline)
 
 
@@ -183,14 +184,11 @@ def _checkpoint_log(folder: RunFolder) -> list[dict[str, Any]]:
     return list(newest.get("log_history") or [])
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _duration(seconds: float) -> str:

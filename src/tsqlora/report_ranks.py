@@ -68,6 +68,11 @@ class Ranks:
         return sum(self.final.values()) / max(len(self.final), 1)
 
     @property
+    def parameters(self) -> int:
+        """The adapter parameters after the last move."""
+        return self.moves[-1].parameters if self.moves else self.plan.parameters
+
+    @property
     def used(self) -> list[int]:
         """The final ranks that are not 0, in order."""
         return sorted(rank for rank in self.final.values() if rank)

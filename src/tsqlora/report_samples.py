@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from tsqlora.errors import DataError, TsqloraError
 from tsqlora.figures import Histogram, histogram
 from tsqlora.quality import CREDIBLE, QualityScores
 from tsqlora.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger("tsqlora")
 
@@ -32,8 +35,10 @@ TERMS = {
     "convergence": "ΔC: how far its gradient agrees with the others'",
     "credibility": "c: how likely its target is right",
     "quality": "Q: the weighted sum of the three terms",
-    "probability": "p: how likely it is drawn",
+    "probability": "N·p: how often it is drawn, where 1 is a draw that treats all alike",
 }
+LOGARITHMIC = ("loss", "gradient_norm", "probability")
+"""Terms whose axis may be logarithmic."""
 
 _UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 
@@ -117,14 +122,17 @@ def samples_part(folder: RunFolder, config: RunConfig) -> Samples | None:
         effective=scores.effective_samples,
         doubtful=int((scores.credibility < CREDIBLE).sum()),
         verdict=scores.verdict,
-        terms=[
-            (n, text, histogram(getattr(scores, n), scores.selected)) for n, text in TERMS.items()
-        ],
+        terms=[_term(scores, name) for name in TERMS],
         doubted=_samples(scores, doubted.tolist(), texts),
         informative=_samples(scores, informative.tolist(), texts),
         shares=_shares(scores, texts.classes),
         problem=texts.problem,
     )
+
+
+def _term(scores: QualityScores, name: str) -> tuple[str, str, Histogram | None]:
+    values = getattr(scores, name) * (len(scores.ids) if name == "probability" else 1)
+    return name, TERMS[name], histogram(values, scores.selected, name in LOGARITHMIC)
 
 
 def cut(value: object) -> str:
@@ -181,13 +189,7 @@ def _texts(config: RunConfig, ids: list[int]) -> _Texts:
             )
         features = dataset.features
         shown = {int(row["id"]): _said(row, config.data, features) for row in dataset.select(ids)}
-        classes: dict[int, str] = {}
-        if config.task == "classification" and config.data.target in dataset.column_names:
-            named = [
-                _label(value, features, config.data.target) for value in dataset[config.data.target]
-            ]
-            classes = dict(zip(dataset["id"], named, strict=True))
-        return _Texts(shown, classes)
+        return _Texts(shown, _classes(dataset, config))
     except (TsqloraError, OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The report shows no texts: %s", error)
         return _Texts(problem=cut(error))
@@ -204,13 +206,20 @@ def _said(row: Mapping[str, Any], data: DataConfig, features: Mapping[str, Any])
     text = " ‖ ".join(render(row, spec) for spec in specs)
     if data.target is None:
         return text, ""
-    named = data.target in row
-    return text, _label(row[data.target], features, data.target) if named else render(
-        row, data.target
-    )
+    if data.target in features:
+        return text, _label(row[data.target], features[data.target])
+    return text, render(row, data.target)
 
 
-def _label(value: Any, features: Mapping[str, Any], column: str) -> str:
+def _classes(dataset: Dataset, config: RunConfig) -> dict[int, str]:
+    column = config.data.target
+    if config.task != "classification" or column not in dataset.features:
+        return {}
+    named = (_label(value, dataset.features[column]) for value in dataset[column])
+    return dict(zip(dataset["id"], named, strict=True))
+
+
+def _label(value: Any, feature: Any) -> str:
     """The class's name where the data set names its classes, else the value."""
-    names = getattr(features[column], "names", None)
+    names = getattr(feature, "names", None)
     return str(names[value]) if names and isinstance(value, int) and value >= 0 else str(value)

@@ -10,11 +10,8 @@ from typing import Any
 
 from tsqlora.artefacts import (
     VERSION,
-    atomic_file,
-    atomic_folder,
     atomic_write_json,
     atomic_write_text,
-    digest,
     free_bytes,
     is_temporary,
     os_errors,
@@ -24,8 +21,6 @@ from tsqlora.artefacts import (
 )
 from tsqlora.config import RunConfig
 from tsqlora.errors import RunError
-
-__all__ = ["RunFolder", "atomic_file", "atomic_folder", "atomic_write_text", "digest", "os_errors"]
 
 logger = logging.getLogger("tsqlora")
 
@@ -115,8 +110,8 @@ class RunFolder:
     def create(cls, path: str | Path, config: RunConfig, resume: bool = False) -> RunFolder:
         """Start a run, or go on with the one of the same configuration.
 
-        An absent or empty folder becomes a new run, as does one that holds a configuration only,
-        of a run that ended before its first artefact. A run of the same configuration goes on; if its
+        An absent or empty folder becomes a new run, as does one that holds only a configuration, of
+        a run that ended before its first artefact. A run of the same configuration goes on; if its
         training has begun, only with `resume`.
 
         Raises:

@@ -1,32 +1,27 @@
-"""One `Task` a kind: rows ─► encoded samples ─► batches, and the model that takes them."""
+"""One `Task` a kind: classification, regression, seq2seq and causal language modelling."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from tsqlora.config import DataConfig, RunConfig
-from tsqlora.data import render, require_columns, spec_columns
+from tsqlora.base_task import Row, Task
+from tsqlora.config import RunConfig
+from tsqlora.data import render, require_columns
 from tsqlora.encoding import (
     Encoded,
     encode_chats,
@@ -37,141 +32,49 @@ from tsqlora.encoding import (
     render_chat,
 )
 from tsqlora.errors import ConfigError, DataError, ModelError
-from tsqlora.loading import load_config, load_model, load_tokenizer, require_embeddings
-from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, IGNORED, REGRESSION, SEQ2SEQ
-
-Row = Mapping[str, Any]
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_ROWS_AT_ONCE, _FAULTS_SHOWN = 1000, 5
+from tsqlora.labels import class_names, label_name
+from tsqlora.loading import load_config, load_tokenizer
+from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
 
 
-@dataclass(frozen=True, eq=False)
-class Task(ABC):
-    """What rows of data are to one kind of model.
+def make_task(
+    config: RunConfig, train: Dataset | None = None, labels: Sequence[str] | None = None
+) -> Task:
+    """The task that `config` describes; classes are those of `train`, or `labels` where given.
 
-    `tokenizer` reads the inputs; `target_tokenizer` writes and reads generated text, and is the same
-    one unless seq2seq has its own. `limit` is the longest input or target in tokens: `max_length`,
-    or less where the tokenizer or the model takes less. `labels` are the classes' names, in the
-    order of their numbers.
+    Loads the configuration of the model and the tokenizers, not the weights.
+
+    Raises:
+        ConfigError: the configuration asks for what the kind of task cannot do.
+        DataError: `train` lacks a column, or its labels make no classes.
+        ModelError: model or tokenizer cannot be found or are of the wrong kind.
     """
+    model_config = load_config(config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, _field(config))
+    target_tokenizer = tokenizer
+    if config.target_tokenizer is not None:
+        target_tokenizer = load_tokenizer(config.target_tokenizer, "target_tokenizer")
+    limits = [
+        config.data.max_length,
+        tokenizer.model_max_length,
+        target_tokenizer.model_max_length,
+        getattr(model_config, "max_position_embeddings", None) or config.data.max_length,
+    ]
+    task = _TASKS[config.task](
+        config.model, config.data, tokenizer, target_tokenizer, min(limits), tuple(labels or ())
+    )
+    if train is not None:
+        require_columns(train, task.columns(), "data.train")
+    if task.kind == CLASSIFICATION and labels is None:
+        if train is None:
+            raise ConfigError("The classes are not known: give the training data or the labels.")
+        task = replace(task, labels=class_names(train, str(config.data.target), "data.train"))
+    task.configure(model_config)
+    return task
 
-    model: str
-    data: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    target_tokenizer: PreTrainedTokenizerBase
-    limit: int
-    labels: tuple[str, ...] = ()
 
-    kind: ClassVar[str]
-    peft_task_type: ClassVar[str]
-    default_metrics: ClassVar[tuple[str, ...]]
-    auto_model: ClassVar[Any]
-
-    def encode(self, dataset: Dataset, where: str) -> Dataset:
-        """The rows of `dataset` as `id`, the model's inputs and `labels`, unpadded, in memory.
-
-        Raises:
-            DataError: a column is missing, or rows cannot be used; with `where`, row and remedy.
-        """
-        require_columns(dataset, self.columns(), where)
-        faults: list[str] = []
-        parts = []
-        for rows in _chunks(dataset.select_columns(["id", *self.columns()]), where):
-            parts.append(Dataset.from_list(self._encode_rows(rows, faults)))
-            if len(faults) >= _FAULTS_SHOWN:
-                faults[_FAULTS_SHOWN - 1] += " There may be more such rows."
-                break
-        if faults:
-            raise DataError.of([f"{where}: {fault}" for fault in faults[:_FAULTS_SHOWN]])
-        if not parts:
-            raise DataError(f"{where}: there are no rows.")
-        return concatenate_datasets(parts)
-
-    def collate(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch, padded on the right to its longest sample; padded labels are -100."""
-        names = [name for name in INPUTS if name in features[0]]
-        batch = pad_without_fast_tokenizer_warning(
-            self.tokenizer,
-            [{name: feature[name] for name in names} for feature in features],
-            padding_side="right",
-            return_tensors="pt",
-        )
-        return {**batch, "labels": self._collate_labels([f["labels"] for f in features])}
-
-    def load_model(self) -> PreTrainedModel:
-        """The pretrained model in float32; a new head is drawn from torch's global generator.
-
-        Raises:
-            ModelError: it cannot be loaded or does not fit the task or the tokenizer.
-        """
-        config = load_config(self.model)
-        self._configure(config)
-        model = load_model(self.model, self.auto_model, config)
-        require_embeddings(model, self.tokenizer, self.model)
-        require_embeddings(model, self.target_tokenizer, self.model)
-        for settings in (model.config, getattr(model, "generation_config", None)):
-            if settings is not None:
-                settings.pad_token_id = self.tokenizer.pad_token_id
-        return model
-
-    def save_tokenizers(self, folder: Path | str) -> None:
-        """Write the tokenizer to `folder`, a target's own one to `folder`/target_tokenizer."""
-        self.tokenizer.save_pretrained(folder)
-        if self.target_tokenizer is not self.tokenizer:
-            self.target_tokenizer.save_pretrained(Path(folder) / "target_tokenizer")
-
-    def describe(self) -> dict[str, Any]:
-        """The kind and the labels, for JSON; `make_task(config, labels=...)` takes them back."""
-        return {"kind": self.kind, "labels": list(self.labels)}
-
-    def columns(self) -> tuple[str, ...]:
-        """The columns of the data that the task reads."""
-        text = self.data.text or ()
-        specs = [text] if isinstance(text, str) else [*text]
-        if self.data.target is not None:
-            specs.append(self.data.target)
-        return tuple(dict.fromkeys(column for spec in specs for column in spec_columns(spec)))
-
-    @abstractmethod
-    def _read(self, row: Row) -> Any:
-        """What `_tokenize` needs of a row; DataError with the row's id where it cannot be had."""
-
-    @abstractmethod
-    def _tokenize(self, samples: list[Any]) -> list[Encoded]:
-        """Each sample's columns, or its fault."""
-
-    def _collate_labels(self, labels: list[Any]) -> Tensor:
-        padded = [torch.tensor(each, dtype=torch.long) for each in labels]
-        return pad_sequence(padded, batch_first=True, padding_value=IGNORED)
-
-    def _configure(self, config: PreTrainedConfig) -> None:
-        """Set the model's configuration for the task; ModelError where it cannot do it."""
-
-    def _encode_rows(self, rows: list[Row], faults: list[str]) -> list[dict[str, Any]]:
-        """The samples of those rows that can be used; the others' faults go into `faults`."""
-        usable, samples, encoded = [], [], []
-        for row in rows:
-            try:
-                samples.append(self._read(row))
-                usable.append(row["id"])
-            except DataError as error:
-                faults.append(str(error))
-        for number, columns in zip(usable, self._tokenize(samples) if samples else [], strict=True):
-            if isinstance(columns, str):
-                faults.append(f"row {number}: {columns}")
-            else:
-                encoded.append({"id": number, **columns})
-        return encoded
-
-    def _value(self, row: Row) -> Any:
-        """The label or number of a row."""
-        value = row[str(self.data.target)]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            raise DataError(
-                f"row {row['id']}: {self.data.target!r} is missing. Fill it in or drop the row."
-            )
-        return value
+def _field(config: RunConfig) -> str:
+    return "model" if config.tokenizer is None else "tokenizer"
 
 
 class _SequenceTask(Task):
@@ -179,6 +82,11 @@ class _SequenceTask(Task):
 
     peft_task_type = "SEQ_CLS"
     auto_model = AutoModelForSequenceClassification
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{" in str(self.data.target):
+            raise ConfigError(f"data.target: {self.kind} needs a column, not a template.")
 
     def _read(self, row: Row) -> tuple[str, str, Any]:
         text = self.data.text
@@ -217,7 +125,8 @@ class ClassificationTask(_SequenceTask):
     def _collate_labels(self, labels: list[Any]) -> Tensor:
         return torch.tensor(labels, dtype=torch.long)
 
-    def _configure(self, config: PreTrainedConfig) -> None:
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Set the model's configuration for the task; ModelError if its kind is the wrong one."""
         config.num_labels = len(self.labels)
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {name: i for i, name in enumerate(self.labels)}
@@ -238,15 +147,16 @@ class RegressionTask(_SequenceTask):
             number = math.nan
         if not math.isfinite(number):
             raise DataError(
-                f"row {row['id']}: {self.data.target!r} is {value!r}, not a finite number. Mend it, "
-                "drop the row, or use `task: classification` for names."
+                f"row {row['id']}: {self.data.target!r} is {value!r}, not a finite number. Mend "
+                "it, drop the row, or use `task: classification` for names."
             )
         return number
 
     def _collate_labels(self, labels: list[Any]) -> Tensor:
         return torch.tensor(labels, dtype=torch.float32)
 
-    def _configure(self, config: PreTrainedConfig) -> None:
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Set the model's configuration for the task; ModelError if its kind is the wrong one."""
         config.num_labels = 1
         config.problem_type = "regression"
 
@@ -258,6 +168,10 @@ class Seq2SeqTask(Task):
     peft_task_type = "SEQ_2_SEQ_LM"
     default_metrics = ("exact_match", "rouge", "bleu")
     auto_model = AutoModelForSeq2SeqLM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_pairs(self)
 
     def _read(self, row: Row) -> tuple[str, str]:
         return render(row, str(self.data.text)), render(row, str(self.data.target))
@@ -271,7 +185,8 @@ class Seq2SeqTask(Task):
             encoded.append(faults[0] if faults else {**source, **target})  # type: ignore[dict-item]
         return encoded
 
-    def _configure(self, config: PreTrainedConfig) -> None:
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Set the model's configuration for the task; ModelError if its kind is the wrong one."""
         if not config.is_encoder_decoder:
             raise ModelError(
                 f"model: {self.model} ({config.model_type}) has no encoder and decoder, which "
@@ -280,12 +195,27 @@ class Seq2SeqTask(Task):
 
 
 class CausalLMTask(Task):
-    """The next token of plain text, of completions (`target`) or of assistant turns (`messages`)."""
+    """The next token of plain text, of completions (`target`) or assistant turns (`messages`)."""
 
     kind = CAUSAL_LM
     peft_task_type = "CAUSAL_LM"
     default_metrics = ("loss", "perplexity")
     auto_model = AutoModelForCausalLM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_pairs(self)
+        name, data = self.tokenizer.name_or_path, self.data
+        if data.messages is not None and self.tokenizer.chat_template is None:
+            raise ModelError(
+                f"The tokenizer {name} has no chat template, which `messages` needs: set "
+                "`tokenizer:` to one that has, or give data.text and data.target as templates."
+            )
+        if (data.messages or data.target) is not None and not self.tokenizer.is_fast:
+            raise ModelError(
+                f"The tokenizer {name} does not tell which token stands for which characters, so "
+                "prompt and target cannot be told apart: set `tokenizer:` to a fast one."
+            )
 
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that the task reads."""
@@ -308,7 +238,8 @@ class CausalLMTask(Task):
             return encode_completions(self.tokenizer, texts, targets, self.limit)
         return encode_plain(self.tokenizer, texts, self.limit)
 
-    def _configure(self, config: PreTrainedConfig) -> None:
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Set the model's configuration for the task; ModelError if its kind is the wrong one."""
         masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if config.is_encoder_decoder or (masked and not getattr(config, "is_decoder", False)):
             remedy = "seq2seq" if config.is_encoder_decoder else "classification"
@@ -321,3 +252,11 @@ class CausalLMTask(Task):
 _TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (ClassificationTask, RegressionTask, Seq2SeqTask, CausalLMTask)
 }
+
+
+def _refuse_pairs(task: Task) -> None:
+    if isinstance(task.data.text, tuple):
+        raise ConfigError(
+            f"data.text: {task.kind} takes no pair of columns; write a template, such as "
+            f'"{{{task.data.text[0]}}}\\n{{{task.data.text[1]}}}".'
+        )

@@ -1,0 +1,54 @@
+"""Class labels of any type ─► their names, and the classes of a column in a stable order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from tsqlora.errors import DataError
+
+_FEW_CLASSES = 100
+
+
+def label_name(value: Any) -> str:
+    """The name of a label: a text as it stands, True or False, a whole number.
+
+    Raises:
+        DataError: a fraction, or no single value at all.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(value) if isinstance(value, bool) else str(int(value))
+    raise DataError(
+        f"{value!r} is no class label. Use whole numbers or names, or `task: regression`."
+    )
+
+
+def class_names(train: Dataset, column: str, where: str) -> tuple[str, ...]:
+    """The names of the classes in `column`: numbers in their order, names in that of the alphabet.
+
+    A ClassLabel feature gives its own names in its own order.
+
+    Raises:
+        DataError: there are no two classes, or so many that they look like numbers or texts.
+    """
+    feature = train.features[column]
+    used = [value for value in train.unique(column) if value is not None and value == value]
+    if isinstance(feature, ClassLabel):
+        used = [value for value in used if value >= 0]
+    if len(used) < 2:
+        found = f"only the class {used[0]!r}" if used else "no label at all"
+        raise DataError(f"{where}: {column!r} holds {found}; two classes at least are needed.")
+    if len(used) > _FEW_CLASSES and 2 * len(used) > len(train):
+        raise DataError(
+            f"{where}: {column!r} holds {len(used)} different labels in {len(train)} rows; for "
+            "numbers use `task: regression`, for texts `task: seq2seq` or `causal-lm`."
+        )
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    try:
+        return tuple(dict.fromkeys(label_name(value) for value in sorted(used)))
+    except DataError as error:
+        raise DataError(f"{where}: {column!r}: {error}") from None
