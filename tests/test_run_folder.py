@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from tsqlora.artefacts import (
     append_line,
@@ -163,6 +164,12 @@ def test_a_full_disk_is_recognised_behind_any_library_s_error(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(RunError, match="no space left"), os_errors("adapter"):
         raise RuntimeError("PytorchStreamWriter failed writing file")
+
+
+def test_safetensors_words_for_a_refusal_are_understood() -> None:
+    hidden = SafetensorError("Error while serializing: No space left on device (os error 28)")
+    with pytest.raises(RunError, match="no space left"), os_errors("adapter"):
+        raise hidden
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("no errno"), DataError("row 3")])

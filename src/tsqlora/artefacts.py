@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -40,15 +41,18 @@ def os_errors(path: str | Path) -> Iterator[None]:
     """Turn what the disk refuses while writing to `path` into a message with its remedy.
 
     Raises:
-        RunError: disk full, quota, permission, read-only file system, impossible path. Libraries
-            that hide the errno (safetensors, torch) are believed to mean a full disk if it is full.
+        RunError: disk full, quota, permission, read-only file system, impossible path. Of libraries
+            that hide the errno, safetensors has it in its words; torch is believed to mean a full
+            disk if it is full.
     """
     try:
         yield
     except TsqloraError:
         raise
     except Exception as error:
-        reason = _REASONS.get(getattr(error, "errno", None) or 0)
+        hidden = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+        code = getattr(error, "errno", None) or (int(hidden[1]) if hidden else 0)
+        reason = _REASONS.get(code)
         if reason is None and free_bytes(path) < FULL:
             reason = _REASONS[errno.ENOSPC]
         if reason is None:

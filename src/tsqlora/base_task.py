@@ -35,9 +35,9 @@ class Task(ABC):
     """What rows of data are to one kind of model.
 
     `tokenizer` reads the inputs; `target_tokenizer` writes and reads generated text, and is the
-    same one unless seq2seq has its own. `limit` is the longest input or target in tokens: `max_length`,
-    or less where the tokenizer or the model takes less. `labels` are the classes' names, in the
-    order of their numbers.
+    same one unless seq2seq has its own. `limit` is the longest input or target in tokens:
+    `max_length`, or less where the tokenizer or the model takes less. `labels` are the classes'
+    names, in the order of their numbers.
     """
 
     model: str

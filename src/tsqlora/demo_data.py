@@ -1,7 +1,7 @@
 """The demo's data: customer-support messages with intents, written by a seeded grammar.
 
-The phrases stand in ``demo_grammar.yaml``. Validation and test use other fillers than train and in
-the main other phrases. A message may mention a second intent in passing; its label is what it wants.
+The phrases stand in ``demo_grammar.yaml``. Validation and test use other fillers than train and
+mostly other phrases. A message may mention a second intent in passing; its label is what it wants.
 
 How hard it is: a logistic regression on the embeddings of all-MiniLM-L6-v2, trained on 1,500 rows,
 gets 0.87 to 0.91 of the test right with clean labels, 0.82 to 0.85 with a fifth of them wrong.

@@ -49,11 +49,11 @@ def load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
         ModelError: nothing there, no vocabulary in it, or neither a pad nor an eos token.
     """
     path = _folder(name, field)
-    load = lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # noqa: E731
-    tokenizer: PreTrainedTokenizerBase
     if path and not any(_is_tokenizer_file(file.name) for file in path.iterdir()):
         raise ModelError(_no_tokenizer(path, field))
-    tokenizer = _tried(load, field, name)
+    tokenizer: PreTrainedTokenizerBase = _tried(
+        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False), field, name
+    )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes out of nothing
         raise ModelError(f"{field}: the tokenizer of {name} has no vocabulary; set `tokenizer:`.")
     if tokenizer.pad_token_id is None:
@@ -159,7 +159,7 @@ def _tried(load: Callable[[], T], field: str, name: str) -> T:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"{field}: {name} cannot be loaded ({reason.rstrip('. ')}). Give an existing folder "
-            "or a hub name that is downloaded already or can be; code in a model's folder is not run."
+            "or a hub name that is downloaded or can be; code that comes with a model is not run."
         ) from error
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tsqlora import __version__
 from tsqlora.artefacts import atomic_write_text, read_json, read_lines
 from tsqlora.figures import Curves, curves, number
 from tsqlora.report_ranks import ranks_part, sensitivity_part
 from tsqlora.report_samples import samples_part
 from tsqlora.run_folder import RunFolder
 
-PACKAGES = ("tsqlora", "torch", "transformers", "peft", "datasets", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
 STAGES = {
     "adaptation": "brief adaptation",
     "scores": "quality scores",
@@ -94,7 +95,7 @@ def write_report(run: str | Path) -> Path:
         sensitivity=sensitivity_part(folder),
         ranks=ranks_part(folder),
         training=_training(folder),
-        versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        versions=_versions(),
     )
     atomic_write_text(folder.report, text)
     return folder.report
@@ -182,6 +183,11 @@ def _checkpoint_log(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     newest = max((read_json(state) for state in states), key=lambda s: s.get("global_step") or 0)
     return list(newest.get("log_history") or [])
+
+
+def _versions() -> dict[str, str]:
+    packages = {package: _version(package) for package in PACKAGES}
+    return {"tsqlora": __version__, "python": platform.python_version(), **packages}
 
 
 def _version(package: str) -> str:

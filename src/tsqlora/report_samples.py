@@ -212,11 +212,11 @@ def _said(row: Mapping[str, Any], data: DataConfig, features: Mapping[str, Any])
 
 
 def _classes(dataset: Dataset, config: RunConfig) -> dict[int, str]:
-    column = config.data.target
-    if config.task != "classification" or column not in dataset.features:
+    column, features = config.data.target, dataset.features
+    if config.task != "classification" or column not in features:
         return {}
-    named = (_label(value, dataset.features[column]) for value in dataset[column])
-    return dict(zip(dataset["id"], named, strict=True))
+    named = (_label(value, features[column]) for value in dataset[column][:])
+    return dict(zip(dataset["id"][:], named, strict=True))
 
 
 def _label(value: Any, feature: Any) -> str:

@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tsqlora.batches import Batch, Collator, batches, forward_losses, singly, subset
 from tsqlora.artefacts import atomic_write_json
+from tsqlora.batches import Batch, Collator, batches, forward_losses, singly, subset
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.hooks import SampleTaps, SharedInput
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter

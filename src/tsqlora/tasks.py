@@ -49,6 +49,7 @@ def make_task(
         DataError: `train` lacks a column, or its labels make no classes.
         ModelError: model or tokenizer cannot be found or are of the wrong kind.
     """
+    _refuse_metrics(config)
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.tokenizer or config.model, _field(config))
     target_tokenizer = tokenizer
@@ -71,6 +72,17 @@ def make_task(
         task = replace(task, labels=class_names(train, str(config.data.target), "data.train"))
     task.configure(model_config)
     return task
+
+
+def _refuse_metrics(config: RunConfig) -> None:
+    """Before anything is trained: plain text leaves nothing to write and compare."""
+    plain = config.task == CAUSAL_LM and config.data.target is None and config.data.messages is None
+    for name in config.metrics or ():
+        if plain and name not in CausalLMTask.default_metrics:
+            raise ConfigError(
+                f"metrics: {name} needs a prompt and a reference; give data.target (or "
+                "data.messages), or leave it out."
+            )
 
 
 def _field(config: RunConfig) -> str:
@@ -181,8 +193,11 @@ class Seq2SeqTask(Task):
         targets = encode_targets(self.target_tokenizer, [t for _, t in samples], self.limit)
         encoded: list[Encoded] = []
         for source, target in zip(sources, targets, strict=True):
-            faults = [each for each in (source, target) if isinstance(each, str)]
-            encoded.append(faults[0] if faults else {**source, **target})  # type: ignore[dict-item]
+            if isinstance(source, str) or isinstance(target, str):
+                encoded.append(source if isinstance(source, str) else target)
+            else:
+                source.pop("token_type_ids", None)
+                encoded.append({**source, **target})
         return encoded
 
     def configure(self, config: PreTrainedConfig) -> None:
