@@ -109,7 +109,7 @@ def looped_allocation(
     least: int,
 ) -> dict[str, int]:
     """D'Hondt by looking at every module for every single rank."""
-    ranks = {name: least for name in sorted(weights)}
+    ranks = dict.fromkeys(sorted(weights), least)
     left = budget - sum(least * costs[name] for name in ranks)
     while True:
         able = [n for n in ranks if ranks[n] < caps[n] and costs[n] <= left]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from tiny import VOCABULARY, tiny_model
 
 SPECIAL = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
 WORDS = [f"w{i}" for i in range(VOCABULARY - len(SPECIAL))]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
 
+from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
 from tsqlora.adapter import (
     active,
     active_ranks,
@@ -100,7 +100,8 @@ def test_compact_holds_the_true_ranks_and_padded_one_rank(tmp_path: Path) -> Non
     padded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "padded"))
     config = padded.peft_config["default"]
     assert {m.rank for m in lora_modules(padded)} == {max(plan.ranks.values())}
-    assert not config.rank_pattern and not config.alpha_pattern
+    assert not config.rank_pattern
+    assert not config.alpha_pattern
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -146,11 +147,13 @@ def test_a_pruned_component_stays_exactly_zero_until_grown(optimizer: str) -> No
     steps(3)
     prune(module, [1], made)
     steps(4)
-    assert not module.a.weight[1].any() and not module.b.weight[:, 1].any()
+    assert not module.a.weight[1].any()
+    assert not module.b.weight[:, 1].any()
     assert active(module).tolist() == [True, False, True]
     grow(module, [1], made, torch.Generator().manual_seed(0))
     steps(2)
-    assert module.a.weight[1].any() and module.b.weight[:, 1].any()
+    assert module.a.weight[1].any()
+    assert module.b.weight[:, 1].any()
 
 
 def test_warm_start_keeps_the_function_where_ranks_suffice() -> None:
@@ -174,11 +177,11 @@ def test_a_plan_that_did_not_take_is_reported() -> None:
 
 
 def test_what_cannot_be_exported_is_said() -> None:
-    with pytest.raises(ConfigError, match="'gguf'.*compact"):
+    with pytest.raises(ConfigError, match=r"'gguf'.*compact"):
         export_adapter(with_lora(tiny_model("bert"), "classification"), "x", "gguf")
-    with pytest.raises(ModelError, match="no active LoRA adapter"):
+    with pytest.raises(ModelError, match=r"no active LoRA adapter"):
         export_adapter(tiny_model("bert"), "x")
-    with pytest.raises(ModelError, match="DoRA|Dora"):
+    with pytest.raises(ModelError, match=r"DoRA|Dora"):
         lora_modules(with_lora(tiny_model("bert"), "classification", use_dora=True))
 
 

@@ -7,8 +7,8 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import looped_allocation
 
+from reference import looped_allocation
 from tsqlora.allocation import RankPlan, _integers, allocate_ranks, pattern_key
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.sensitivity import LayerSensitivity
@@ -114,14 +114,16 @@ def test_patterns_match_the_whole_name_only() -> None:
     key = pattern_key("layer.1.q")
     match = rf"(.*\.)?({key})$"
     assert re.match(match, "layer.1.q")
-    assert not re.match(match, "encoder.layer.1.q") and not re.match(match, "layer.11q")
+    assert not re.match(match, "encoder.layer.1.q")
+    assert not re.match(match, "layer.11q")
 
 
 def test_saves_and_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
     plan = RankPlan({"a": 0, "b": 3}, {"a": (2, 3), "b": (4, 5)}, 2.0, 30)
     plan.save(tmp_path / "plan.json")
     assert RankPlan.load(tmp_path / "plan.json") == plan
-    assert plan.rank_pattern() == {"^b": 3} and plan.alpha_pattern() == {"^b": 6.0}
+    assert plan.rank_pattern() == {"^b": 3}
+    assert plan.alpha_pattern() == {"^b": 6.0}
     (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(RunError, match="bad.json"):
+    with pytest.raises(RunError, match=r"bad.json"):
         RankPlan.load(tmp_path / "bad.json")

@@ -117,6 +117,7 @@ def test_the_dict_is_plain_and_in_the_order_of_the_schema(config: RunConfig) -> 
     assert list(plain) == SCHEMA
     assert list(plain["data"]) == [
         "train", "validation", "test", "text", "target", "messages", "max_length",
+        "max_train_samples",
     ]  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_adapter import planned_model
-from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
 from transformers import Trainer, TrainingArguments
 
+from test_adapter import planned_model
+from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.adapter import active_ranks, add_headroom
 from tsqlora.callback import DynamicRankCallback
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule
@@ -46,10 +46,12 @@ def test_ranks_move_and_the_budget_holds_at_every_step() -> None:
     ranks = DynamicRank(model, optimizer, 30, plan, OFTEN)
     before = active_ranks(model)
     used = loop(model, ranks, optimizer, range(30))
-    assert ranks.history and active_ranks(model) != before
+    assert ranks.history
+    assert active_ranks(model) != before
     assert max(used) <= ranks.budget == plan.parameters
     for move in ranks.history:
-        assert sum(move.pruned.values()) > 0 and sum(move.grown.values()) > 0
+        assert sum(move.pruned.values()) > 0
+        assert sum(move.grown.values()) > 0
     assert ranks.history[-1].ranks == active_ranks(model)
 
 
@@ -99,7 +101,8 @@ def test_the_callback_moves_ranks_in_a_plain_trainer(tmp_path: Path) -> None:
     model, plan = planned_model("llama")
     callback = DynamicRankCallback(schedule=OFTEN)
     trainer_of(model, tmp_path, callback).train()
-    assert callback.ranks is not None and callback.ranks.history
+    assert callback.ranks is not None
+    assert callback.ranks.history
     assert callback.ranks.budget == plan.parameters
 
 

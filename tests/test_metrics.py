@@ -282,7 +282,7 @@ def test_greedy_exact_match_of_g2p_is_that_of_teacher_forcing(shared: Path) -> N
     config = tiny.config(
         str(folder),
         "seq2seq",
-        {"text": "word", "target": "phonemes"},
+        {"text": "word", "target": "phonemes", "max_length": 64},
         tokenizer=str(folder / "grapheme_tokenizer"),
         target_tokenizer=str(folder / "phoneme_tokenizer"),
     )

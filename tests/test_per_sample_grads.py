@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from reference import looped_gradients, looped_lookahead, loss_of
 from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
-
 from tsqlora.hooks import SharedInput
 from tsqlora.lora_layers import lora_parameters
 from tsqlora.per_sample_grads import (

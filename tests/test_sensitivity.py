@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+
 from reference import exact_hessian_trace, looped_sensitivity
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
-
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.lora_layers import lora_modules
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
@@ -48,7 +48,8 @@ def test_a_plain_model_is_measured_and_left_bit_equal() -> None:
     assert "classifier" not in found.modules
     assert {n: p.requires_grad for n, p in model.named_parameters()} == required
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert model.training and not hasattr(model, "peft_config")
+    assert model.training
+    assert not hasattr(model, "peft_config")
 
 
 def test_the_same_whatever_the_batch_size() -> None:
@@ -63,10 +64,10 @@ def test_saves_and_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = LayerSensitivity("fisher", {"a.b": 0.25, "c": 0.0}, {"a.b": (3, 4), "c": (5, 6)})
     made.save(tmp_path / "sensitivity.json")
     assert LayerSensitivity.load(tmp_path / "sensitivity.json") == made
-    with pytest.raises(RunError, match="nothing.json"):
+    with pytest.raises(RunError, match=r"nothing.json"):
         LayerSensitivity.load(tmp_path / "nothing.json")
 
 
 def test_an_unknown_estimator_is_named() -> None:
-    with pytest.raises(ConfigError, match="'newton'.*fisher"):
+    with pytest.raises(ConfigError, match=r"'newton'.*fisher"):
         layer_sensitivity(tiny_model("bert"), Dataset.from_list([]), collate, "newton")

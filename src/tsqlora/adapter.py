@@ -62,7 +62,7 @@ def lora_config(
 
 
 def set_patterns(config: LoraConfig, ranks: dict[str, int], scales: dict[str, float]) -> None:
-    """Make `config` say these ranks, and alpha = scale · r, with the largest rank as its default."""
+    """Make `config` say these ranks, and alpha = scale · r; the largest rank is its default."""
     config.r = max(ranks.values())
     default = {scales[name] for name, rank in ranks.items() if rank == config.r}
     config.lora_alpha = _whole(max(default) * config.r)
@@ -81,7 +81,7 @@ def _whole(value: float) -> int:
 
 
 def check_plan(model: nn.Module, plan: RankPlan) -> None:
-    """Assert that PEFT gave every module the planned rank and scale: a pattern that misses is silent.
+    """Assert that PEFT gave every module the planned rank and scale: a missed pattern is silent.
 
     Raises:
         ModelError: naming the modules that differ.
@@ -117,7 +117,7 @@ def add_headroom(model: nn.Module, components: int) -> None:
         b.data = torch.cat([b.data, b.data.new_zeros(b.shape[0], extra)], 1)
         a.grad = b.grad = None
         module.set_rank(module.rank)
-    config = model.peft_config[modules[0].adapter]
+    config: LoraConfig = model.peft_config[modules[0].adapter]  # type: ignore[index,assignment]
     set_patterns(config, {m.name: m.rank for m in modules}, {m.name: m.scale for m in modules})
 
 
@@ -159,8 +159,8 @@ def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | 
     """Zero the components' rows, columns and optimizer moments."""
     index = torch.as_tensor(list(components), device=module.a.weight.device, dtype=torch.long)
     with torch.no_grad():
-        _zero(module.a.weight, 0, index, optimizer)
-        _zero(module.b.weight, 1, index, optimizer)
+        _zero(module.a.get_parameter("weight"), 0, index, optimizer)
+        _zero(module.b.get_parameter("weight"), 1, index, optimizer)
 
 
 def grow(

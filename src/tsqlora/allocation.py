@@ -89,7 +89,7 @@ class RankPlan:
 
 
 def pattern_key(name: str) -> str:
-    """The key of a PEFT pattern that matches `name` and nothing else (keys are regular expressions)."""
+    """The key of a PEFT pattern, a regular expression, that matches `name` and nothing else."""
     return "^" + re.escape(name)
 
 

@@ -82,7 +82,7 @@ def from_null(u: Floats, classes: int | None = None) -> Credibility:
     """
     if len(u) < ENOUGH:
         return _unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
-    third, last = np.mean((u > 0.5) & (u <= 0.75)) * 4, np.mean(u > 0.75) * 4
+    third, last = float(np.mean((u > 0.5) & (u <= 0.75)) * 4), float(np.mean(u > 0.75) * 4)
     noise = 2 * np.sqrt(4 * max(last, 4 / len(u)) / len(u))
     if third > STEEPEST * last + 2 * noise and third > 0.1:
         return _unknown(u, "sound but hard samples cannot be told from wrong ones yet")
@@ -100,7 +100,8 @@ def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -
     """Credibility where trusted samples show what right targets cost: f₁ is their density of u.
 
     ρ maximises the likelihood of the pool under (1 - ρ) f₁ + ρ; it counts only when the gain over
-    ρ = 0 is significant for two samples of these sizes. A reference that is itself dirty by the null is not
+    ρ = 0 is significant for two samples of these sizes. A reference that is itself dirty by
+    the null is not
     believed, nor is one of fewer than `ENOUGH` samples: then the null alone judges.
     """
     by_null = from_null(reference_u, classes)

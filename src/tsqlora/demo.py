@@ -62,8 +62,8 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     return {
         "sample passes of each": int(passes),
         "test accuracy": {"plain LoRA": plain["accuracy"], "TsqLoRA": metrics["test"]["accuracy"]},
-        "planted wrong labels given low probability": f"{int((low & wrong).sum())} of {wrong.sum()}",
-        "sound labels given low probability": f"{int((low & ~wrong).sum())} of {(~wrong).sum()}",
+        "planted wrong labels given low probability": f"{(low & wrong).sum()} of {wrong.sum()}",
+        "sound labels given low probability": f"{(low & ~wrong).sum()} of {(~wrong).sum()}",
         "estimated share of wrong labels": scores.wrong_share,
         "ranks": _final_ranks(run),
         "adapter": str(run.folder.adapter),

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from tsqlora.errors import ModelError
 
 Consume = Callable[[str, Tensor, Tensor], None]
-"""Receives a module's name, its inputs X (N, T, in) and the gradients D (N, T, out) at its output."""
+"""Receives a module's name, its inputs X (N, T, in) and gradients D (N, T, out) at its output."""
 
 
 class SharedInput(ModelError):

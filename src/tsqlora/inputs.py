@@ -4,15 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
+from tsqlora.artefacts import digest
 from tsqlora.batches import subset
 from tsqlora.config import RunConfig
 from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
 from tsqlora.errors import ConfigError
 from tsqlora.tasks import Task, make_task
+
+NEEDS: dict[str, list[str]] = {
+    "adaptation": [
+        "model",
+        "tokenizer",
+        "target_tokenizer",
+        "task",
+        "data",
+        "adapter",
+        "training",
+        "seed",
+        "quality.adapt_steps",
+    ],
+    "scores": ["quality"],
+    "sensitivity": ["ranks.sensitivity"],
+    "plan": ["ranks"],
+    "training": [],
+    "evaluation": ["metrics"],
+}
+"""What each stage depends on beside the stage before it."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +105,16 @@ class Inputs:
         """The untouched model, the same every time (a fresh head is seeded)."""
         set_seed(self.config.seed)
         return self.task.load_model()
+
+    def digest(self, stage: str) -> str:
+        """Of everything that `stage` depends on: its keys, and the stages and data before it."""
+        stages, plain = list(NEEDS), self.config.to_dict()
+        before = stages.index(stage)
+        upstream = self.digest(stages[before - 1]) if before else self.fingerprints
+        return digest(stage, [_dig(plain, key) for key in NEEDS[stage]], upstream)
+
+
+def _dig(mapping: Any, key: str) -> Any:
+    for part in key.split("."):
+        mapping = mapping[part]
+    return mapping

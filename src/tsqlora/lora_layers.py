@@ -123,12 +123,13 @@ def has_lora(model: nn.Module) -> bool:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The factors A and B of every adapted module, A before B, in the model's order."""
-    return [p for m in lora_modules(model) for p in (m.a.weight, m.b.weight)]
+    modules = lora_modules(model)
+    return [linear.get_parameter("weight") for m in modules for linear in (m.a, m.b)]
 
 
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a target module as (out, in), dequantised where it is quantised."""
-    weight = module.weight
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
         from peft.utils.integrations import dequantize_module_weight
 

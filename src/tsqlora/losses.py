@@ -42,7 +42,7 @@ def sample_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_cross_entropy(kind: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each target token (N, T), 0 where not counted, and the mask of those counted."""
+    """Cross-entropy of each target token (N, T), 0 where not counted, and the mask of counted."""
     if kind == CAUSAL_LM:
         logits, labels = logits[:, :-1], labels[:, 1:]
     flat = F.cross_entropy(
@@ -78,8 +78,8 @@ def infer_kind(model: nn.Module) -> str:
     if "CausalLM" in name or "LMHeadModel" in name:
         return CAUSAL_LM
     raise ModelError(
-        f"{name} is not a model for sequence classification, regression, seq2seq or causal language "
-        "modelling: load it with the matching AutoModelFor... class, or pass `kind` explicitly."
+        f"{name} is not a model for sequence classification, regression, seq2seq or causal "
+        "language modelling: load it with the matching AutoModelFor... class."
     )
 
 

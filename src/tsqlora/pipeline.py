@@ -25,7 +25,6 @@ from tsqlora.artefacts import (
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
-    digest,
     os_errors,
     read_json,
 )
@@ -40,6 +39,7 @@ from tsqlora.lora_layers import load_trainable_state, resolve_targets, trainable
 from tsqlora.metrics import evaluate
 from tsqlora.model_card import model_card
 from tsqlora.quality import QualityScores
+from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.selection import QualitySampler
@@ -51,16 +51,6 @@ logger = logging.getLogger("tsqlora")
 
 SENSITIVITY_SAMPLES = 256
 """Selected samples that the layer sensitivity is averaged over, at 1½ passes each."""
-
-_NEEDS = {
-    "adaptation": ["model", "tokenizer", "target_tokenizer", "task", "data", "adapter", "training"],
-    "scores": ["quality"],
-    "sensitivity": ["ranks.sensitivity"],
-    "plan": ["ranks"],
-    "training": [],
-    "evaluation": ["metrics"],
-}
-"""What each stage depends on beside the stage before it."""
 
 
 def train(config: RunConfig | str | Path, resume: bool = False) -> Path:
@@ -98,14 +88,12 @@ class Run:
         found = RunFolder.open(folder)
         return cls(found.load_config(), found)
 
-    # stages
-
     @cached_property
     def warm_model(self) -> PeftModel:
         """Stage 0: the model under a uniform adapter, briefly adapted, or as it was saved then."""
         base = self.inputs.base_model()
         model = wrap(base, self._uniform_config(base))
-        saved, inputs = self.folder.warmup / "state.safetensors", self._digest("adaptation")
+        saved, inputs = self.folder.warmup / "state.safetensors", self.inputs.digest("adaptation")
         if self.folder.is_done("adaptation", inputs, [saved]):
             load_trainable_state(model, load_file(saved))
             return model
@@ -128,7 +116,7 @@ class Run:
 
     def score(self) -> QualityScores:
         """Stage 1: the quality of every sample."""
-        inputs = self._digest("scores")
+        inputs = self.inputs.digest("scores")
         if self.folder.is_done("scores", inputs, [self.folder.scores]):
             logger.info("1/4 Quality scores: there already")
             return QualityScores.from_parquet(self.folder.scores)
@@ -147,7 +135,7 @@ class Run:
 
     def sensitivity(self) -> LayerSensitivity:
         """Stage 2: the sensitivity of every layer on the selected samples."""
-        inputs = self._digest("sensitivity")
+        inputs = self.inputs.digest("sensitivity")
         if self.folder.is_done("sensitivity", inputs, [self.folder.sensitivity]):
             logger.info("2/4 Layer sensitivity: there already")
             return LayerSensitivity.load(self.folder.sensitivity)
@@ -171,7 +159,11 @@ class Run:
 
     def plan(self) -> RankPlan:
         """Stage 3: the rank of every module."""
-        sensitivity, inputs, ranks = self.sensitivity(), self._digest("plan"), self.config.ranks
+        sensitivity, inputs, ranks = (
+            self.sensitivity(),
+            self.inputs.digest("plan"),
+            self.config.ranks,
+        )
         if self.folder.is_done("plan", inputs, [self.folder.plan]):
             logger.info("3/4 Rank plan: there already")
             return RankPlan.load(self.folder.plan)
@@ -192,7 +184,7 @@ class Run:
 
     def train(self) -> None:
         """Stage 4: training with moving ranks, then the compact adapter."""
-        inputs = self._digest("training")
+        inputs = self.inputs.digest("training")
         if self.folder.is_done("training", inputs, [self.folder.adapter]):
             logger.info("4/4 Training: there already")
             return
@@ -221,7 +213,7 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the adapter on what splits there are, the untouched model's beside them."""
-        inputs, measured = self._digest("evaluation"), self.inputs.splits.measured
+        inputs, measured = self.inputs.digest("evaluation"), self.inputs.splits.measured
         if not self.folder.is_done("evaluation", inputs, [self.folder.metrics]):
             sections: dict[str, Any] = {}
             if measured and self.config.task in ("seq2seq", "causal-lm"):
@@ -236,11 +228,7 @@ class Run:
 
     def report(self) -> Path:
         """`report.html`, from the folder alone."""
-        from tsqlora.report import write_report
-
         return write_report(self.folder.path)
-
-    # a finished run
 
     @cached_property
     def finished_task(self) -> Task:
@@ -282,8 +270,6 @@ class Run:
             if format != "merged":
                 atomic_write_text(folder / "README.md", model_card(self.config, task))
         return out
-
-    # parts of the stages
 
     @cached_property
     def arguments(self) -> Any:
@@ -350,13 +336,6 @@ class Run:
         atomic_write_text(note, inputs)
         return begun
 
-    def _digest(self, stage: str) -> str:
-        """Of everything that `stage` depends on."""
-        stages, plain = list(_NEEDS), self.config.to_dict()
-        before = stages.index(stage)
-        upstream = self._digest(stages[before - 1]) if before else self.inputs.fingerprints
-        return digest(stage, [_dig(plain, key) for key in _NEEDS[stage]], upstream)
-
 
 def trained_parameters(model: PeftModel, plan: RankPlan) -> int:
     """The plan's parameters and those of modules_to_save; headroom, always zero, is not counted."""
@@ -364,9 +343,3 @@ def trained_parameters(model: PeftModel, plan: RankPlan) -> int:
         p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
     )
     return plan.parameters + sum(others)
-
-
-def _dig(mapping: Any, key: str) -> Any:
-    for part in key.split("."):
-        mapping = mapping[part]
-    return mapping

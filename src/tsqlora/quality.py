@@ -162,7 +162,7 @@ def quality_scores(
 
 
 def default_terms(pool: Measurements, convergence: Floats) -> list[Floats]:
-    """The three terms of preset `default` as robust z-scores; log ‖g‖ free of its trend in length."""
+    """The three terms of preset `default` as robust z; log ‖g‖ without its trend in length."""
     return [
         robust_z(without_trend(np.log(pool.gradient_norm + 1e-12), np.log(pool.length))),
         robust_z(pool.loss_reduction),
@@ -171,7 +171,7 @@ def default_terms(pool: Measurements, convergence: Floats) -> list[Floats]:
 
 
 def credibility(pool: Measurements, reference: Measurements | None = None) -> Credibility:
-    """c_i by the permutation null, or by the reference where there is one (see `credibility.py`)."""
+    """c_i by the permutation null, or by the reference where there is one (`credibility.py`)."""
     if len(pool.null_loss) == 0:
         return Credibility(
             np.ones(len(pool.ids)), float("nan"), "targets are not judged: no wrong ones to compare"
@@ -213,7 +213,7 @@ def clusters(sketch: Floats, most: int = 8, smallest: int = 50) -> Ints:
 
 
 def robust_z(values: Floats) -> Floats:
-    """(x - median) / (1.4826 · median absolute deviation), clipped to ±3; 0 where x is not finite."""
+    """(x - median) / (1.4826 · median absolute deviation), clipped to ±3; 0 if x is not finite."""
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
         return np.zeros(len(values))

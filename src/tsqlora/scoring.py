@@ -123,7 +123,8 @@ class _Sheet:
         """Measure one batch, one sample at a time where a layer mixes samples."""
         if not self.single:
             try:
-                return self._add(positions, batch)
+                self._add(positions, batch)
+                return
             except SharedInput:
                 self.single = True
                 logger.warning(

@@ -55,8 +55,8 @@ def select_samples(
     """
     if len(dataset) != len(scores.ids):
         raise DataError(
-            f"The data set has {len(dataset)} rows but the scores are of {len(scores.ids)} samples: "
-            "score this data set."
+            f"The data set has {len(dataset)} rows but the scores are of {len(scores.ids)} "
+            "samples: score this data set."
         )
     return dataset.select(np.sort(draw(scores.probability, fraction, seed)))
 

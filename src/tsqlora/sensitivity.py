@@ -123,11 +123,13 @@ class _Meter:
         if not self.single and self.estimator != HESSIAN:
             before = dict(self.totals)
             try:
-                return self._backward(batch)
+                self._backward(batch)
+                return
             except SharedInput:
                 self.single, self.totals = True, before
         if self.estimator == HESSIAN:
-            return self._hutchinson(batch)
+            self._hutchinson(batch)
+            return
         for sample in singly(batch):
             self._backward(sample)
 

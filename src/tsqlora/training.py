@@ -68,8 +68,8 @@ class PoolTrainer(Trainer):
         loss = super().training_step(model, inputs, *rest, **named)
         if not math.isfinite(float(loss)):
             raise TrainingError(
-                f"The training loss became {float(loss)} at step {self.state.global_step + 1}: lower "
-                "training.learning_rate or look for extreme targets. "
+                f"The training loss became {float(loss)} at step {self.state.global_step + 1}: "
+                "lower training.learning_rate or look for extreme targets. "
                 + _last_good(self.args.output_dir or ".")
             )
         return loss
