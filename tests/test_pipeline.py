@@ -1,0 +1,101 @@
+"""Whole runs on a tiny model: every artefact, resumable, loadable without tsqlora."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from runs import classification_run
+from tsqlora import QualityScores, RankPlan, train
+from tsqlora.cli import main
+from tsqlora.pipeline import Run
+
+
+def test_a_run_leaves_every_artefact_in_its_format(tmp_path: Path) -> None:
+    run = train(classification_run(tmp_path))
+    scores = QualityScores.from_parquet(run / "scores.parquet")
+    assert scores.ids.tolist() == list(range(120))
+    assert scores.probability.sum() == pytest.approx(1)
+    assert scores.selected.sum() == 60
+    plan = RankPlan.load(run / "plan.json")
+    assert 0 < plan.parameters <= plan.budget
+    for line in (run / "ranks.jsonl").read_text().splitlines():
+        move = json.loads(line)
+        assert set(move) == {"step", "ranks", "pruned", "grown"}
+    cost = json.loads((run / "metrics.json").read_text())["cost"]
+    assert cost["scoring_passes"] == 4 * 8 + 1.5 * 120 + 1.5 * 60
+    assert cost["training_passes"] == 2 * 60
+    assert (run / "report.html").stat().st_size > 1000
+
+
+def test_the_adapter_loads_without_tsqlora_and_gives_the_same_logits(tmp_path: Path) -> None:
+    path = train(classification_run(tmp_path))
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3)
+    plain = PeftModel.from_pretrained(base, str(path / "adapter")).eval()
+    run = Run.open(path)
+    batch = run.inputs.task.collate(list(run.inputs.splits.validation))
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = run.finished_model().eval()(**batch).logits
+        assert (plain(**batch).logits - expected).abs().max() < 1e-5
+        merged = plain.merge_and_unload()
+        assert (merged(**batch).logits - expected).abs().max() < 1e-5
+    names = {file.name for file in (path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= names
+    assert "tokenizer.json" in names
+
+
+def test_stages_go_on_from_one_another_and_finished_ones_are_kept(tmp_path: Path) -> None:
+    config = str(classification_run(tmp_path))
+    assert main(["score", config]) == 0
+    scores = (tmp_path / "run/scores.parquet").stat().st_mtime_ns
+    assert main(["plan", config]) == 0
+    assert main(["train", config]) == 0
+    assert (tmp_path / "run/scores.parquet").stat().st_mtime_ns == scores
+    out = ["--out", str(tmp_path / "padded")]
+    assert main(["export", str(tmp_path / "run"), "--format", "padded", *out]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
+
+
+def test_an_interrupted_training_goes_on_to_the_identical_adapter(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    config = classification_run(whole, **{"training.save_strategy": "steps"})
+    adapter = train(config) / "adapter/adapter_model.safetensors"
+    config = classification_run(broken, **{"training.save_strategy": "steps"})
+    script = f"""
+import signal
+from transformers import TrainerCallback
+from tsqlora import training
+class Stop(training.InterruptCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            signal.raise_signal(signal.SIGINT)
+        super().on_step_end(args, state, control, **kwargs)
+training.InterruptCallback = Stop
+from tsqlora.cli import main
+raise SystemExit(main(["train", {str(config)!r}]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 130
+    assert not (broken / "run/adapter").exists()
+    assert main(["train", str(config), "--resume"]) == 0
+    resumed = broken / "run/adapter/adapter_model.safetensors"
+    assert resumed.read_bytes() == adapter.read_bytes()
+
+
+def test_preset_paper_keeps_one_subset(tmp_path: Path) -> None:
+    run = Run.start(classification_run(tmp_path, **{"quality.preset": "paper"}))
+    scores = run.score()
+    sampler = run._sampler(scores)
+    first = sorted(sampler)
+    sampler.set_epoch(1)
+    assert sorted(sampler) == first == np.flatnonzero(scores.selected).tolist()
