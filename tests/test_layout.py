@@ -21,9 +21,9 @@ ORDER = [
     "losses", "batches", "loading", "encoding", "labels",
     "base_task", "tasks", "generation", "metrics",
     "hooks", "lora_layers", "adaptation", "per_sample_grads",
-    "credibility", "quality", "selection", "scoring", "sensitivity",
+    "credibility", "quality", "selection", "mismatch", "scoring", "sensitivity",
     "allocation", "adapter", "dynamic_rank", "callback",
-    "run_folder", "training", "cost", "inputs", "model_card", "baseline",
+    "run_folder", "training", "cost", "inputs", "model_card", "finished", "baseline",
     "figures", "report_ranks", "report_samples", "report", "pipeline",
     "demo_data", "demo", "cli", "__main__",
 ]  # fmt: skip

@@ -44,7 +44,7 @@ def test_the_adapter_loads_without_tsqlora_and_gives_the_same_logits(tmp_path: P
     batch = run.inputs.task.collate(list(run.inputs.splits.validation))
     batch.pop("labels")
     with torch.no_grad():
-        expected = run.finished_model().eval()(**batch).logits
+        expected = run.finished.model().eval()(**batch).logits
         assert (plain(**batch).logits - expected).abs().max() < 1e-5
         merged = plain.merge_and_unload()
         assert (merged(**batch).logits - expected).abs().max() < 1e-5
@@ -99,3 +99,18 @@ def test_preset_paper_keeps_one_subset(tmp_path: Path) -> None:
     first = sorted(sampler)
     sampler.set_epoch(1)
     assert sorted(sampler) == first == np.flatnonzero(scores.selected).tolist()
+
+
+def test_scoring_pays_only_for_the_terms_that_have_a_weight(tmp_path: Path) -> None:
+    names = ("gradient_norm", "loss_reduction", "convergence")
+    for on, passes in (((), 0.5), (("gradient_norm",), 1.0), (("loss_reduction",), 1.5)):
+        folder = tmp_path / ("-".join(on) or "none")
+        folder.mkdir()
+        weights = {f"quality.weights.{name}": float(name in on) for name in names}
+        run = Run.start(classification_run(folder, **weights))
+        scores = run.score()
+        stages = json.loads(run.folder.metrics.read_text())["cost"]["stages"]
+        assert stages["scores"]["passes"] == passes * 120
+        assert np.isfinite(scores.loss).all()
+        assert np.isfinite(scores.loss_reduction).all() == ("loss_reduction" in on)
+        assert np.isnan(scores.convergence).all()

@@ -1,6 +1,7 @@
-"""Brief adaptation: some tens of optimizer steps, so that gradients say something of the samples.
+"""Brief adaptation: steps on the whole pool, so that losses and gradients tell of the samples.
 
-At a fresh classification head or B = 0 a sample's gradient is mostly noise (docs/choices.md).
+At a fresh classification head or B = 0 a sample's gradient is mostly noise. The final adapter
+starts from the adapted one, so these steps are the first part of the training (docs/choices.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from tsqlora.batches import Collator
+
+LEAST = 100
+"""Steps after which a fresh head's losses can judge targets (benchmarks/LOG.md)."""
+
+
+def default_steps(training_steps: int) -> int:
+    """Two fifths of the training's own steps, at least `LEAST`, at most as many as those."""
+    return min(training_steps, max(LEAST, round(0.4 * training_steps)))
 
 
 def adapt_briefly(

@@ -134,9 +134,10 @@ def active_ranks(model: nn.Module) -> dict[str, int]:
 def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Begin from a briefly adapted adapter's `trainable_state`, of any rank.
 
-    Each module takes over the components with the largest ‖B_j‖‖A_j‖ that fit into its rank; those
-    beyond keep their fresh row and zero column. modules_to_save are copied. The steps of the brief
-    adaptation thus count as training.
+    Each module starts at the best approximation of the adapted BA that its rank r allows: with
+    BA = USVᵀ, A = cVᵀ and B = US/c for the r largest singular values, c the length of a fresh row
+    (1/√3 by PEFT's initialisation). Components beyond keep their fresh row and zero column.
+    modules_to_save are copied. The steps of the brief adaptation thus count as training.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -145,14 +146,21 @@ def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             names = [f"{prefix}.lora_{factor}.{module.adapter}.weight" for factor in "AB"]
             if names[0] not in state:
                 continue
-            a, b = (state[name].to(module.a.weight) for name in names)
-            strongest = (a.norm(dim=1) * b.norm(dim=0)).argsort(descending=True, stable=True)
-            kept = strongest[: module.rank].sort().values
-            module.a.weight[: len(kept)] = a[kept]
-            module.b.weight[:, : len(kept)] = b[:, kept]
+            a, b = _principal(*(state[name].to(module.a.weight) for name in names))
+            kept = min(module.rank, len(a))
+            module.a.weight[:kept] = a[:kept]
+            module.b.weight[:, :kept] = b[:, :kept]
         for name, tensor in state.items():
             if "lora_" not in name and name in parameters:
                 parameters[name].copy_(tensor)
+
+
+def _principal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same BA by its singular vectors, largest first, rows of A 1/√3 long."""
+    q_a, r_a = torch.linalg.qr(a.T)
+    q_b, r_b = torch.linalg.qr(b)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    return (q_a @ vh.T).T / 3**0.5, (q_b @ u * s) * 3**0.5
 
 
 def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | None) -> None:

@@ -60,19 +60,20 @@ def plan(arguments: argparse.Namespace) -> Result:
 
 def evaluate(arguments: argparse.Namespace) -> Result:
     """Metrics of a finished run."""
+    from tsqlora.finished import FinishedRun
     from tsqlora.pipeline import Run
 
-    run = Run.open(arguments.run)
     if arguments.data:
-        return run.evaluate_on(arguments.data)
-    return run.evaluate()
+        return dict(FinishedRun.open(arguments.run).evaluate_on(arguments.data))
+    return Run.open(arguments.run).evaluate()
 
 
 def export(arguments: argparse.Namespace) -> Result:
     """The adapter of a finished run in another form."""
-    from tsqlora.pipeline import Run
+    from tsqlora.finished import FinishedRun
 
-    return {"exported": str(Run.open(arguments.run).export(arguments.format, Path(arguments.out)))}
+    out = FinishedRun.open(arguments.run).export(arguments.format, Path(arguments.out))
+    return {"exported": str(out)}
 
 
 def report(arguments: argparse.Namespace) -> Result:

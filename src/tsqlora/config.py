@@ -75,7 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QualityWeights:
-    """The weights α₁, α₂, α₃ of the three terms of quality."""
+    """The weights α₁, α₂, α₃ of the three terms of quality; a term of weight 0 is not measured."""
 
     gradient_norm: float = 1.0
     loss_reduction: float = 1.0
@@ -87,7 +87,8 @@ class QualityConfig:
     """How samples are scored and drawn.
 
     `fraction` of the pool is kept, or drawn each epoch. `reference` is a source of trusted samples,
-    or the word validation. `adapt_steps` optimizer steps of brief adaptation come before scoring.
+    or the word validation. `adapt_steps` optimizer steps on the whole pool come before scoring;
+    null takes two fifths of the training's own steps, at least 100, at most as many as those.
     """
 
     fraction: _Share = 0.5
@@ -96,7 +97,7 @@ class QualityConfig:
     preset: Literal["default", "paper"] = "default"
     reference: _Path | None = None
     mode: Literal["upfront", "online"] = "upfront"
-    adapt_steps: _CountOrZero = 48
+    adapt_steps: _CountOrZero | None = None
 
 
 @dataclass(frozen=True)

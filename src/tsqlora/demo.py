@@ -119,5 +119,5 @@ def encoder_folder() -> Path:
 
 def _final_ranks(run: Run) -> dict[str, int]:
     """The rank of every planned module at the end, 0 where it is not adapted any more."""
-    ended = active_ranks(run.finished_model())
+    ended = active_ranks(run.finished.model())
     return {name: ended.get(name, 0) for name in read_json(run.folder.plan)["ranks"]}

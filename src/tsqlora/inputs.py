@@ -27,6 +27,7 @@ NEEDS: dict[str, list[str]] = {
         "training",
         "seed",
         "quality.adapt_steps",
+        "quality.fraction",
     ],
     "scores": ["quality"],
     "sensitivity": ["ranks.sensitivity"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tsqlora.adaptation import adapt_briefly
+from tsqlora.adaptation import adapt_briefly, default_steps
 from tsqlora.adapter import check_plan, export_adapter, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
@@ -25,31 +24,34 @@ from tsqlora.artefacts import (
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
-    os_errors,
     read_json,
 )
 from tsqlora.callback import DynamicRankCallback
 from tsqlora.config import RunConfig
 from tsqlora.cost import counted, record_parameters
-from tsqlora.data import load_dataset
 from tsqlora.dynamic_rank import Reallocation
-from tsqlora.errors import RunError
+from tsqlora.finished import FinishedRun, measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, resolve_targets, trainable_state, wrap
-from tsqlora.metrics import evaluate
+from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.model_card import model_card
 from tsqlora.quality import QualityScores
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
-from tsqlora.selection import QualitySampler
+from tsqlora.selection import QualitySampler, draw_size
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
-from tsqlora.tasks import Task, make_task
-from tsqlora.training import DEFAULTS, PoolTrainer, run_training, training_arguments
+from tsqlora.training import (
+    DEFAULTS,
+    PoolTrainer,
+    run_training,
+    training_arguments,
+    training_passes,
+)
 
 logger = logging.getLogger("tsqlora")
 
-SENSITIVITY_SAMPLES = 256
+SENSITIVITY_SAMPLES = 128
 """Selected samples that the layer sensitivity is averaged over, at 1½ passes each."""
 
 
@@ -97,7 +99,7 @@ class Run:
         if self.folder.is_done("adaptation", inputs, [saved]):
             load_trainable_state(model, load_file(saved))
             return model
-        steps = self.config.quality.adapt_steps
+        steps = self._adapt_steps()
         logger.info("0/4 Brief adaptation: %d steps of %d samples", steps, self.scorer.batch_size)
         with counted(self.folder, "adaptation", steps * self.scorer.batch_size):
             adapt_briefly(
@@ -124,7 +126,7 @@ class Run:
         model = self.warm_model
         logger.info("1/4 Quality scores of %d samples", len(pool))
         samples = len(pool) + (len(reference) if reference is not None else 0)
-        with counted(self.folder, "scores", self.scorer.passes(samples)):
+        with counted(self.folder, "scores", self.scorer.passes(self.config.task, samples)):
             scores = self.scorer.score(model, pool, reference)
         with atomic_file(self.folder.scores) as file:
             scores.to_parquet(file)
@@ -213,16 +215,13 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the adapter on what splits there are, the untouched model's beside them."""
-        inputs, measured = self.inputs.digest("evaluation"), self.inputs.splits.measured
+        finished, inputs = self.finished, self.inputs.digest("evaluation")
         if not self.folder.is_done("evaluation", inputs, [self.folder.metrics]):
-            sections: dict[str, Any] = {}
-            if measured and self.config.task in ("seq2seq", "causal-lm"):
-                rows = next(iter(measured.values()))
-                sections["base"] = self._metrics(self.inputs.task, self.inputs.base_model(), rows)
-            model = self.finished_model()
-            for name, rows in measured.items():
-                sections[name] = self._metrics(self.inputs.task, model, rows)
-            self.folder.update_metrics(sections)
+            sections, task, splits = {}, self.inputs.task, self.inputs.splits.measured
+            if splits and task.kind in (SEQ2SEQ, CAUSAL_LM):
+                rows = next(iter(splits.values()))
+                sections["base"] = measure(self.config, task, self.inputs.base_model(), rows)
+            self.folder.update_metrics({**sections, **finished.evaluate(splits)})
             self.folder.mark_done("evaluation", inputs)
         return read_json(self.folder.metrics)
 
@@ -230,46 +229,10 @@ class Run:
         """`report.html`, from the folder alone."""
         return write_report(self.folder.path)
 
-    @cached_property
-    def finished_task(self) -> Task:
-        """The task of a finished run, without its training data.
-
-        Raises:
-            RunError: there is no adapter yet.
-        """
-        if not self.folder.adapter.exists():
-            raise RunError(
-                f"{self.folder.path} holds no trained adapter yet: finish it by "
-                f"`tsqlora train {self.folder.config} --resume`."
-            )
-        return make_task(self.config, None, labels=read_json(self.folder.task)["labels"])
-
-    def finished_model(self) -> PeftModel:
-        """The base model under the finished adapter."""
-        set_seed(self.config.seed)
-        base = self.finished_task.load_model()
-        return PeftModel.from_pretrained(base, str(self.folder.adapter))
-
-    def evaluate_on(self, source: str) -> dict[str, float]:
-        """Metrics of the finished adapter on another data set; nothing is written."""
-        rows = self.finished_task.encode(load_dataset(source, "--data"), "--data")
-        return self._metrics(self.finished_task, self.finished_model(), rows)
-
-    def export(self, format: str, out: Path) -> Path:
-        """The finished adapter as `compact`, `padded` or `merged` in a new folder.
-
-        Raises:
-            RunError: there is no adapter yet, or `out` is not empty.
-        """
-        task = self.finished_task
-        if out.exists() and (out.is_file() or any(out.iterdir())):
-            raise RunError(f"{out} is there already and not empty: name a new folder by --out.")
-        with os_errors(out), atomic_folder(out) as folder:
-            export_adapter(self.finished_model(), folder, format)
-            task.save_tokenizers(folder)
-            if format != "merged":
-                atomic_write_text(folder / "README.md", model_card(self.config, task))
-        return out
+    @property
+    def finished(self) -> FinishedRun:
+        """What the run left, once it is trained."""
+        return FinishedRun(self.config, self.folder)
 
     @cached_property
     def arguments(self) -> Any:
@@ -286,6 +249,14 @@ class Run:
             float(merged["learning_rate"]),
             int(merged["per_device_train_batch_size"]),
             self.config.seed,
+        )
+
+    def _adapt_steps(self) -> int:
+        if self.config.quality.adapt_steps is not None:
+            return self.config.quality.adapt_steps
+        drawn = draw_size(len(self.inputs.splits.train), self.config.quality.fraction)
+        return default_steps(
+            math.ceil(training_passes(self.arguments, drawn) / self.scorer.batch_size)
         )
 
     def _uniform_config(self, base: PreTrainedModel) -> LoraConfig:
@@ -321,9 +292,6 @@ class Run:
             export_adapter(model, folder)
             task.save_tokenizers(folder)
             atomic_write_text(folder / "README.md", model_card(self.config, task))
-
-    def _metrics(self, task: Task, model: nn.Module, rows: Dataset) -> dict[str, float]:
-        return evaluate(task, model, rows, self.config.metrics or task.default_metrics)
 
     def _save_moves(self, moves: Sequence[Reallocation]) -> None:
         lines = [json.dumps(move.to_dict()) + "\n" for move in moves]

@@ -37,7 +37,7 @@ class Measurements:
     Attributes:
         ids: stable sample ids (N).
         loss: ℓ_i (N).
-        gradient_norm: ‖g_i‖₂ (N).
+        gradient_norm: ‖g_i‖₂ (N), NaN where not measured.
         loss_reduction: ℓ_i(θ) - ℓ_i(θ - η_i g_i) (N), NaN where not measured.
         sketch: random projections of g_i (N, k); k = 0 where not measured.
         length: target tokens (N).
@@ -135,7 +135,7 @@ def quality_scores(
     left all true: `select` marks the draw.
     """
     if config.preset == "paper":
-        convergence = cosine(pool.sketch, pool.sketch.mean(0))
+        convergence = _pool_cosine(pool)
         credible = Credibility(np.ones(len(pool.ids)), float("nan"), "not judged by preset paper")
         terms = [pool.gradient_norm, pool.loss_reduction, convergence]
         quality = _weighted(terms, config)
@@ -203,6 +203,12 @@ def convergence_terms(pool: Measurements, reference: Measurements | None = None)
     return result
 
 
+def _pool_cosine(pool: Measurements) -> Floats:
+    if pool.sketch.shape[1] == 0:
+        return np.full(len(pool.ids), np.nan)
+    return cosine(pool.sketch, pool.sketch.mean(0))
+
+
 def clusters(sketch: Floats, most: int = 8, smallest: int = 50) -> Ints:
     """Seeded k-means clusters (N) of unit sketches, k = min(most, N // smallest), at least 1."""
     count = max(1, min(most, len(sketch) // smallest))
@@ -232,9 +238,9 @@ def without_trend(values: Floats, of: Floats) -> Floats:
 
 
 def softmax(scores: Floats) -> Floats:
-    """exp(x_i) / Σ exp(x_j), without overflow."""
+    """exp(x_i) / Σ exp(x_j), without overflow; what underflows stays possible."""
     powers = np.exp(scores - scores.max())
-    return powers / powers.sum()
+    return np.maximum(powers / powers.sum(), np.finfo(np.float64).tiny)
 
 
 def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:

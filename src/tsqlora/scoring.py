@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -13,22 +11,28 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from tsqlora.adaptation import adapt_briefly
+from tsqlora.adaptation import LEAST, adapt_briefly
 from tsqlora.batches import Batch, Collator, batches, forward_logits, forward_losses, singly, subset
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError
 from tsqlora.hooks import SharedInput
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import (
-    CAUSAL_LM,
     CLASSIFICATION,
-    IGNORED,
     REGRESSION,
     infer_kind,
     sample_losses,
     target_lengths,
 )
-from tsqlora.per_sample_grads import Keep, PerSampleGradients, Sketch, SquaredNorms, one_step
+from tsqlora.mismatch import mismatched_pairs
+from tsqlora.per_sample_grads import (
+    Keep,
+    PerSampleGradients,
+    Reducer,
+    Sketch,
+    SquaredNorms,
+    one_step,
+)
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw
 
@@ -36,7 +40,7 @@ logger = logging.get_logger("tsqlora")
 
 DISPLACEMENT = 0.5
 """‖η_i g_i‖ of the lookahead step in preset `default`: every sample moves the model as far."""
-NULL_SAMPLES = 1000
+NULL_SAMPLES = 500
 """Mismatched pairs that make the null where it takes passes of its own (generation)."""
 
 
@@ -59,13 +63,16 @@ class Scorer:
     seed: int = 0
 
     @property
-    def lookahead(self) -> bool:
-        """Whether the loss reduction is wanted: it costs another half pass a sample."""
-        return self.quality.weights.loss_reduction != 0
+    def measures(self) -> frozenset[str]:
+        """The terms whose weight is not 0; with none of them a forward alone gives the losses."""
+        weights = self.quality.weights
+        return frozenset(f.name for f in fields(weights) if getattr(weights, f.name) != 0)
 
-    def passes(self, samples: int) -> float:
+    def passes(self, kind: str, samples: int) -> float:
         """Passes it takes to score so many samples; a forward alone counts ½."""
-        return samples * (1.5 if self.lookahead else 1.0)
+        halves = 1 + bool(self.measures) + ("loss_reduction" in self.measures)
+        null = 0 if kind in (CLASSIFICATION, REGRESSION) else min(samples, NULL_SAMPLES)
+        return 0.5 * (halves * samples + null)
 
     def score(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None = None
@@ -83,7 +90,7 @@ class Scorer:
     def measure(
         self, model: nn.Module, dataset: Dataset, what: str, null: bool = True
     ) -> Measurements:
-        """One forward and backward of every sample (and a forward after its own step)."""
+        """One forward of every sample, a backward and a forward after its own step if wanted."""
         if len(dataset) == 0:
             raise DataError("There is no sample to score: the data set is empty.")
         training = model.training
@@ -104,15 +111,19 @@ class _Sheet:
 
     def __init__(self, scorer: Scorer, model: nn.Module, kind: str, samples: int) -> None:
         self.scorer, self.model, self.kind = scorer, model, kind
-        self.sketch = Sketch(seed=scorer.seed)
+        self.lookahead = "loss_reduction" in scorer.measures
+        self.sketch = Sketch(seed=scorer.seed) if "convergence" in scorer.measures else None
         self.norms, self.keep = SquaredNorms(), Keep()
-        reducers = (self.norms, self.sketch, *((self.keep,) if scorer.lookahead else ()))
+        reducers: list[Reducer] = [self.norms]
+        reducers += [self.sketch] if self.sketch else []
+        reducers += [self.keep] if self.lookahead else []
         self.gradients = PerSampleGradients(model, *reducers)
         self.random = np.random.default_rng(scorer.seed)
         self.single = False
         names = ("loss", "gradient_norm", "loss_reduction")
         self.columns = {name: np.full(samples, np.nan) for name in names}
-        self.sketches = np.zeros((samples, self.sketch.size), dtype=np.float32)
+        size = self.sketch.size if self.sketch else 0
+        self.sketches = np.zeros((samples, size), dtype=np.float32)
         self.length = np.ones(samples, dtype=np.int64)
         self.group = np.zeros(samples, dtype=np.int64)
         self.classes: int | None = None
@@ -137,20 +148,29 @@ class _Sheet:
 
     def _add(self, positions: np.ndarray, batch: Batch) -> None:
         labels = batch["labels"]
-        with self.gradients, torch.enable_grad():
-            logits = forward_logits(self.model, self.kind, batch)
-            losses = sample_losses(self.kind, logits, labels)
-            self.gradients.backward(losses)
-        norms = torch.as_tensor(self.norms.total).sqrt()
+        if self.scorer.measures:
+            with self.gradients, torch.enable_grad():
+                logits = forward_logits(self.model, self.kind, batch)
+                losses = sample_losses(self.kind, logits, labels)
+                self.gradients.backward(losses)
+            self._add_gradients(positions, batch, losses.detach())
+        else:
+            with torch.no_grad():
+                logits = forward_logits(self.model, self.kind, batch)
+                losses = sample_losses(self.kind, logits, labels)
         self._put("loss", positions, losses)
-        self._put("gradient_norm", positions, norms)
-        self.sketches[positions] = _numpy(self.sketch.take())
         self.length[positions] = _numpy(target_lengths(self.kind, labels).clamp(min=1))
-        if self.scorer.lookahead:
-            stepped = self._after_own_step(batch, norms)
-            self._put("loss_reduction", positions, losses.detach() - stepped)
         self._add_classes(positions, logits.detach(), labels)
         self._reset()
+
+    def _add_gradients(self, positions: np.ndarray, batch: Batch, losses: Tensor) -> None:
+        norms = torch.as_tensor(self.norms.total).sqrt()
+        self._put("gradient_norm", positions, norms)
+        if self.sketch:
+            self.sketches[positions] = _numpy(self.sketch.take())
+        if self.lookahead:
+            stepped = self._after_own_step(batch, norms)
+            self._put("loss_reduction", positions, losses - stepped)
 
     def _after_own_step(self, batch: Batch, norms: Tensor) -> Tensor:
         steps = torch.full_like(norms, self.scorer.learning_rate)
@@ -211,7 +231,9 @@ class _Sheet:
         self.columns[column][positions] = _numpy(values)
 
     def _reset(self) -> None:
-        self.norms.total = self.sketch.total = 0.0
+        self.norms.total = 0.0
+        if self.sketch:
+            self.sketch.total = 0.0
         self.keep.gradients.clear()
 
 
@@ -227,9 +249,10 @@ def score_samples(
 ) -> QualityScores:
     """The quality of every row of `dataset` under `model` (TsqLoRA §3; formulas in `quality.py`).
 
-    A model without adapters gets temporary ones, briefly adapted (`quality.adapt_steps` steps) and
-    removed after, its weights untouched; a model with LoRA adapters is scored as it is. `reference`
-    holds trusted samples. `ids` are the column `id` where there is one, else the row numbers.
+    A model without adapters gets temporary ones, briefly adapted (`quality.adapt_steps` steps, 100
+    where that is None) and removed after, its weights untouched; a model with LoRA adapters is
+    scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
+    one, else the row numbers.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
@@ -243,46 +266,9 @@ def score_samples(
         if not has_lora(model):
             adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
             steps = scorer.quality.adapt_steps
+            steps = LEAST if steps is None else steps
             adapt_briefly(adapted, dataset, collator, steps, learning_rate, batch_size, seed)
         return scorer.score(adapted, dataset, reference)
-
-
-def mismatched_pairs(dataset: Dataset, kind: str) -> Dataset | None:
-    """Each row's input with the next other row's target, or None where rows have no such parts.
-
-    A causal row is its prompt (labels -100) followed by its completion; plain text has no prompt.
-    """
-    if not {"input_ids", "labels"} <= set(dataset.column_names) or len(dataset) < 2:
-        return None
-    rows: list[dict[str, Any]] = [dict(row) for row in dataset]
-    if kind != CAUSAL_LM:
-        targets = [row["labels"] for row in rows]
-        return Dataset.from_list(
-            [
-                {**row, "labels": targets[i - 1]}
-                for i, row in enumerate(rows)
-                if row["labels"] != targets[i - 1]
-            ]
-        )
-    prompts = [_prompt_length(row["labels"]) for row in rows]
-    if not all(prompts):
-        return None
-    return Dataset.from_list(
-        [_spliced(row, prompts[i], rows[i - 1], prompts[i - 1]) for i, row in enumerate(rows)]
-    )
-
-
-def _prompt_length(labels: Sequence[int]) -> int:
-    """Positions up to the last turn's target: what comes before the final run of counted labels."""
-    masked = [i for i, label in enumerate(labels) if label == IGNORED]
-    return masked[-1] + 1 if masked else 0
-
-
-def _spliced(row: dict[str, Any], at: int, other: dict[str, Any], other_at: int) -> dict[str, Any]:
-    longest = max(len(row["labels"]), len(other["labels"]))
-    ids = (row["input_ids"][:at] + other["input_ids"][other_at:])[:longest]
-    labels = ([IGNORED] * at + other["labels"][other_at:])[:longest]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def _others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:

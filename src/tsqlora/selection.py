@@ -34,21 +34,29 @@ def draw(
     """⌈fraction·N⌉ positions drawn without replacement, each next one with p ∝ `probability`.
 
     Gumbel top-k (Kool et al. 2019, arXiv 1903.06059): the positions with the largest
-    log p_i + Gumbel noise, in the order drawn. Samples of probability 0 are taken only when all
-    others are, so the size of the draw never depends on the scores. The same arguments always
-    give the same draw.
+    log p_i + Gumbel noise, in the order drawn. Samples of probability 0 are never drawn: where too
+    few others are there for the size, those are drawn again, each once more before any a third
+    time. The same arguments always give the same draw.
     """
     size = draw_size(len(probability), fraction)
-    noise = np.random.default_rng([seed, epoch]).gumbel(size=len(probability))
-    with np.errstate(divide="ignore"):
-        keys = np.where(probability > 0, np.log(probability) + noise, -1e9 + noise)
-    return np.argsort(-keys, kind="stable")[:size].astype(np.int64)
+    if not probability.any():
+        probability = np.ones(len(probability))
+    possible = np.flatnonzero(probability > 0)
+    log_p = np.log(probability[possible])
+    random = np.random.default_rng([seed, epoch])
+    rounds = [
+        possible[np.argsort(-(log_p + random.gumbel(size=len(possible))), kind="stable")]
+        for _ in range(math.ceil(size / len(possible)))
+    ]
+    return np.concatenate(rounds)[:size].astype(np.int64)
 
 
 def select_samples(
     dataset: Dataset, scores: QualityScores, fraction: float = 0.5, seed: int = 0
 ) -> Dataset:
     """The rows of `dataset` that one seeded draw by `scores.probability` takes, in their own order.
+
+    Fewer than `fraction` of them where too few have any probability.
 
     Raises:
         DataError: the scores are of a pool of another size, or the fraction is outside (0, 1].
@@ -58,7 +66,7 @@ def select_samples(
             f"The data set has {len(dataset)} rows but the scores are of {len(scores.ids)} "
             "samples: score this data set."
         )
-    return dataset.select(np.sort(draw(scores.probability, fraction, seed)))
+    return dataset.select(np.unique(draw(scores.probability, fraction, seed)))
 
 
 class QualitySampler(Sampler[int]):

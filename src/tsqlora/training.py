@@ -52,11 +52,7 @@ class PoolTrainer(Trainer):
 
     def passes(self) -> float:
         """Sample passes that the whole training takes."""
-        arguments = self.args
-        if arguments.max_steps > 0:
-            batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-            return float(arguments.max_steps * batch * arguments.world_size)
-        return len(self.sampler) * arguments.num_train_epochs
+        return training_passes(self.args, len(self.sampler))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> QualitySampler:
         return self.sampler
@@ -73,6 +69,14 @@ class PoolTrainer(Trainer):
                 + _last_good(self.args.output_dir or ".")
             )
         return loss
+
+
+def training_passes(arguments: TrainingArguments, samples: int) -> float:
+    """Sample passes of a training by `arguments` that draws so many samples an epoch."""
+    if arguments.max_steps > 0:
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        return float(arguments.max_steps * batch * arguments.world_size)
+    return samples * arguments.num_train_epochs
 
 
 def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:

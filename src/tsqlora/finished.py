@@ -1,0 +1,88 @@
+"""A finished run: its model, metrics on any data, and its adapter in other forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+
+from tsqlora.adapter import export_adapter
+from tsqlora.artefacts import atomic_folder, atomic_write_text, os_errors, read_json
+from tsqlora.config import RunConfig
+from tsqlora.data import load_dataset
+from tsqlora.errors import RunError
+from tsqlora.metrics import evaluate
+from tsqlora.model_card import model_card
+from tsqlora.run_folder import RunFolder
+from tsqlora.tasks import Task, make_task
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A trained run; its training data is not needed.
+
+    Raises:
+        RunError: there is no adapter yet.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        if not self.folder.adapter.exists():
+            raise RunError(
+                f"{self.folder.path} holds no trained adapter yet: finish it by "
+                f"`tsqlora train {self.folder.config} --resume`."
+            )
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FinishedRun:
+        """The run in `folder`."""
+        found = RunFolder.open(folder)
+        return cls(found.load_config(), found)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, with the labels that training found."""
+        return make_task(self.config, None, labels=read_json(self.folder.task)["labels"])
+
+    def model(self) -> PeftModel:
+        """The base model under the adapter."""
+        set_seed(self.config.seed)
+        return PeftModel.from_pretrained(self.task.load_model(), str(self.folder.adapter))
+
+    def evaluate(self, splits: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
+        """Metrics on encoded data sets, by name."""
+        model = self.model()
+        return {name: measure(self.config, self.task, model, rows) for name, rows in splits.items()}
+
+    def evaluate_on(self, source: str) -> dict[str, float]:
+        """Metrics on another data set; nothing is written."""
+        rows = self.task.encode(load_dataset(source, "--data"), "--data")
+        return self.evaluate({source: rows})[source]
+
+    def export(self, format: str, out: Path) -> Path:
+        """The adapter as `compact`, `padded` or `merged` in a new folder.
+
+        Raises:
+            RunError: `out` is not empty.
+        """
+        if out.exists() and (out.is_file() or any(out.iterdir())):
+            raise RunError(f"{out} is there already and not empty: name a new folder by --out.")
+        with os_errors(out), atomic_folder(out) as folder:
+            export_adapter(self.model(), folder, format)
+            self.task.save_tokenizers(folder)
+            if format != "merged":
+                atomic_write_text(folder / "README.md", model_card(self.config, self.task))
+        return out
+
+
+def measure(config: RunConfig, task: Task, model: nn.Module, rows: Dataset) -> dict[str, float]:
+    """The configured metrics of any model on encoded rows."""
+    return evaluate(task, model, rows, config.metrics or task.default_metrics)
