@@ -65,6 +65,12 @@ def test_every_module_has_a_place_in_the_order() -> None:
     assert set(modules) <= set(ORDER), "add the new module to ORDER, below all that it imports"
 
 
+def test_the_tree_in_the_readme_is_the_order() -> None:
+    readme = (SOURCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^  (\w+)\.py +\S", readme, re.MULTILINE)
+    assert listed == ORDER
+
+
 @each_module
 def test_a_module_imports_only_modules_above_it(module: str) -> None:
     below = own_imports(module) - set(ORDER[: ORDER.index(module)])

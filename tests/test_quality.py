@@ -102,7 +102,7 @@ def test_where_no_term_is_measured_credibility_alone_decides() -> None:
     )
     got = quality_scores(pool, QualityConfig(weights=QualityWeights(0.0, 0.0, 0.0)))
     assert (got.quality == 0).all()
-    credible = np.where(got.credibility >= 0.5, got.credibility, 0)
+    credible = np.where(got.credibility >= 0.7, got.credibility, 0)
     np.testing.assert_allclose(got.probability, credible / credible.sum())
 
 

@@ -25,7 +25,9 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 BINS = 20
-"""Bins of u; each holds 5 % of the null."""
+"""Bins of u where densities are not known to decrease; each holds 5 % of the null."""
+FINE_BINS = 100
+"""Bins of u where they are, at most one for every 20 samples."""
 ENOUGH = 40
 """Below so many samples (or null losses of a group) nothing is said."""
 SIGNIFICANT = 6.6
@@ -133,13 +135,14 @@ def _share(density: float, classes: int | None) -> float:
     return density if classes is None else density / (1 + density / max(classes - 1, 1))
 
 
-def _histogram(u: Floats, prior: float = 0.0) -> Floats:
-    counts = np.histogram(u, BINS, (0, 1))[0] + prior
+def _histogram(u: Floats, bins: int = BINS, prior: float = 0.0) -> Floats:
+    counts = np.histogram(u, bins, (0, 1))[0] + prior
     return counts / counts.sum()
 
 
 def _decreasing_density(u: Floats) -> Floats:
     """f(u_i) under the shape constraint that f decreases (Grenander 1956), from a histogram."""
-    heights = _histogram(u) * BINS
-    fitted = IsotonicRegression(increasing=False).fit_transform(np.arange(BINS), heights)
-    return np.maximum(fitted[np.minimum((u * BINS).astype(int), BINS - 1)], 1e-12)
+    bins = int(np.clip(len(u) // 20, BINS, FINE_BINS))
+    heights = _histogram(u, bins) * bins
+    fitted = IsotonicRegression(increasing=False).fit_transform(np.arange(bins), heights)
+    return np.maximum(fitted[np.minimum((u * bins).astype(int), bins - 1)], 1e-12)

@@ -26,8 +26,9 @@ CLIP = 3.0
 """Robust z-scores beyond this count as this."""
 UNIFORM_SHARE = 0.1
 """Share of the draw that ignores the quality score (never the credibility)."""
-CREDIBLE = 0.5
-"""Samples more likely wrong than right are drawn last (preset `default`)."""
+CREDIBLE = 0.7
+"""Samples less credible are not drawn (preset `default`): a wrong target costs more than a sound
+one brings (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True)
