@@ -23,7 +23,7 @@ from tsqlora.per_sample_grads import (
 )
 
 ARCHITECTURES = [*ENCODERS, *SEQ2SEQ, *DECODERS]
-MIXES_SAMPLES = ["deberta-v2"]
+MIXES_SAMPLES = ["deberta", "deberta-v2"]
 RELATIVE = 1e-10
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tsqlora.errors import ModelError
+from tsqlora.heads import may_be_new, note_drawn
 
 T = TypeVar("T")
 
@@ -97,14 +98,15 @@ def load_model(name: str, auto_class: Any, config: PreTrainedConfig) -> PreTrain
             "model",
             name,
         )
-    absent = [key for key in found["missing_keys"] if not _may_be_new(key, model)]
-    misfit = [str(key[0]) for key in found["mismatched_keys"] if not _may_be_new(key[0], model)]
+    absent = [key for key in found["missing_keys"] if not may_be_new(key, model)]
+    misfit = [str(key[0]) for key in found["mismatched_keys"] if not may_be_new(key[0], model)]
     if absent or misfit:
         raise ModelError(
             f"model: {name} lacks weights of {type(model).__name__} ({_few(absent + misfit)}); its "
             "architecture does not fit the task, or its config.json does not fit the weights."
         )
     assert isinstance(model, PreTrainedModel)
+    note_drawn(model, [*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])])
     return model
 
 
@@ -172,13 +174,6 @@ def _no_tokenizer(path: Path, field: str) -> str:
 
 def _is_tokenizer_file(name: str) -> bool:
     return bool(re.match(r"(tokenizer|vocab|tekken)", name) or re.search(r"\.(model|spm)$", name))
-
-
-def _may_be_new(key: str, model: PreTrainedModel) -> bool:
-    """Whether a sequence classifier's weight belongs to its head or pooler."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return False
-    return ".pooler." in key or not key.startswith(f"{model.base_model_prefix}.")
 
 
 def _few(names: Iterable[str], most: int = 3) -> str:

@@ -19,6 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tsqlora.errors import ModelError
+from tsqlora.heads import HEADS, head_modules
 from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
 
 PEFT_TASK_TYPES = {
@@ -139,10 +140,16 @@ def base_weight(module: nn.Module) -> Tensor:
 
 
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """`get_peft_model` whose complaints are a `ModelError` naming what can be targeted."""
+    """`get_peft_model` whose complaints are a `ModelError` naming what can be targeted.
+
+    A classifier's head is trained and saved whole, also where PEFT does not know its name.
+    """
+    if config.task_type == PEFT_TASK_TYPES[CLASSIFICATION]:
+        unknown = [name for name in head_modules(model) if not name.endswith(HEADS)]
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *unknown}) or None
     try:
         return get_peft_model(model, config)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         kinds = sorted({n.rsplit(".", 1)[-1] for n in linear_names(model)})
         raise ModelError(
             f"adapter.target_modules = {_shown(config.target_modules)} cannot be adapted in "
@@ -151,8 +158,6 @@ def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
         ) from error
 
 
-HEADS = ("classifier", "score")
-"""Modules that transformers puts on top of an encoder or decoder for a classification."""
 EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 """Leaf names that PEFT turns into expert parameters in a mixture of experts."""
 
@@ -172,7 +177,7 @@ def resolve_targets(
     output = getattr(model, "get_output_embeddings", lambda: None)()
     excluded = [n for n, m in model.named_modules() if output is not None and m is output]
     if kind in (CLASSIFICATION, REGRESSION):
-        excluded += HEADS
+        excluded += head_modules(model)
     names = [n for n in linear_names(model) if not any(_within(n, e) for e in excluded)]
     if any("experts" in n and p.dim() == 3 for n, p in model.named_parameters()):
         names = [n for n in names if n.rsplit(".", 1)[-1] not in EXPERT_NAMES]
