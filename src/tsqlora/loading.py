@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,12 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
@@ -24,6 +29,7 @@ from tsqlora.heads import may_be_new, note_drawn
 
 T = TypeVar("T")
 
+_POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 _FAILURES = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -41,6 +47,27 @@ def load_config(name: str) -> PreTrainedConfig:
     return _tried(lambda: AutoConfig.from_pretrained(name, trust_remote_code=False), "model", name)
 
 
+def most_tokens(config: PreTrainedConfig, wanted: int) -> int:
+    """`wanted`, or less where the model has fewer positions.
+
+    RoBERTa and its kin count positions from the padding token's number on, so that the first ones
+    take no token. Only the built model tells, so it is built (without weights) where it matters.
+    """
+    sizes = [getattr(config, name, None) or 0 for name in _POSITIONS]
+    most = next((size for size in sizes if size > 0), wanted)
+    reserved = (getattr(config, "pad_token_id", None) or 0) + 1
+    if wanted <= most - reserved:
+        return wanted
+    with quiet(), torch.device("meta"):
+        body = AutoModel.from_config(copy.deepcopy(config))
+    padded = any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None
+        for name, module in body.named_modules()
+        if "position" in name.rpartition(".")[2]
+    )
+    return min(wanted, most - reserved if padded else most)
+
+
 def load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
     """The tokenizer `name`, a folder or a hub name, with a pad token (eos where it has none).
 
@@ -52,8 +79,9 @@ def load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
     path = _folder(name, field)
     if path and not any(_is_tokenizer_file(file.name) for file in path.iterdir()):
         raise ModelError(_no_tokenizer(path, field))
+    read: Any = PreTrainedTokenizerFast if path and _is_generic(path) else AutoTokenizer
     tokenizer: PreTrainedTokenizerBase = _tried(
-        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False), field, name
+        lambda: read.from_pretrained(name, trust_remote_code=False), field, name
     )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes out of nothing
         raise ModelError(f"{field}: the tokenizer of {name} has no vocabulary; set `tokenizer:`.")
@@ -118,7 +146,10 @@ def require_embeddings(
     Raises:
         ModelError: so it is.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # no table of tokens: CANINE hashes characters
+        return
     if len(tokenizer) > rows:
         raise ModelError(
             f"The tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens but {name} only "
@@ -163,6 +194,16 @@ def _tried(load: Callable[[], T], field: str, name: str) -> T:
             f"{field}: {name} cannot be loaded ({reason.rstrip('. ')}). Give an existing folder "
             "or a hub name that is downloaded or can be; code that comes with a model is not run."
         ) from error
+
+
+def _is_generic(path: Path) -> bool:
+    """Whether tokenizer.json says it all; AutoTokenizer would read it as the model type's own."""
+    try:
+        said = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    generic = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return (path / "tokenizer.json").is_file() and said.get("tokenizer_class") in generic
 
 
 def _no_tokenizer(path: Path, field: str) -> str:

@@ -7,7 +7,7 @@ Shape letters, here and in every module that touches tensors: N samples, T posit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -160,6 +160,8 @@ def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 """Leaf names that PEFT turns into expert parameters in a mixture of experts."""
+ROUTED = {"experts", "router"}
+"""Parts of names inside which tokens are picked out of their samples, or choose experts."""
 
 
 def resolve_targets(
@@ -168,7 +170,8 @@ def resolve_targets(
     """`all-linear` as explicit names; anything else as it is, for PEFT to match.
 
     All linear modules but the output embedding and a classification head. In a mixture of experts,
-    whose experts are stacked parameters without per-sample gradients, only what lies outside them.
+    whose experts are stacked parameters or see tokens out of their samples, only what lies outside
+    them and their router.
     """
     if not isinstance(target_modules, str):
         return list(target_modules)
@@ -179,7 +182,8 @@ def resolve_targets(
     if kind in (CLASSIFICATION, REGRESSION):
         excluded += head_modules(model)
     names = [n for n in linear_names(model) if not any(_within(n, e) for e in excluded)]
-    if any("experts" in n and p.dim() == 3 for n, p in model.named_parameters()):
+    if any("experts" in n.split(".") for n, _ in model.named_parameters()):
+        names = [n for n in names if not ROUTED & set(n.split("."))]
         names = [n for n in names if n.rsplit(".", 1)[-1] not in EXPERT_NAMES]
     return names
 
@@ -197,8 +201,10 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _shown(targets: object) -> str:
-    return targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))  # type: ignore[call-overload]
+def _shown(targets: str | Iterable[str] | None) -> str:
+    if isinstance(targets, str):
+        return targets
+    return ", ".join(sorted({name.rpartition(".")[2] for name in targets or ()}))
 
 
 @contextmanager
