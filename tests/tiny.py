@@ -89,6 +89,11 @@ ENCODERS: dict[str, Callable[[], Any]] = {
         cls_token_id=1,
         sep_token_id=2,
     ),
+    "xlnet": lambda: tf.XLNetForSequenceClassification(
+        tf.XLNetConfig(
+            vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=3
+        )
+    ),
     "bart-classifier": lambda: tf.BartForSequenceClassification(
         tf.BartConfig(**BART, num_labels=3)
     ),
@@ -96,6 +101,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 }
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**BART)),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(
             vocab_size=VOCABULARY,
@@ -132,6 +138,8 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "phi3": _decoder(tf.Phi3Config, tf.Phi3ForCausalLM),
     "mistral": _decoder(tf.MistralConfig, tf.MistralForCausalLM),
     "mixtral": _decoder(tf.MixtralConfig, tf.MixtralForCausalLM, num_local_experts=4),
+    "phimoe": _decoder(tf.PhimoeConfig, tf.PhimoeForCausalLM, num_local_experts=4),
+    "falcon": _decoder(tf.FalconConfig, tf.FalconForCausalLM, new_decoder_architecture=True),
     "qwen2-moe": _decoder(
         tf.Qwen2MoeConfig,
         tf.Qwen2MoeForCausalLM,
