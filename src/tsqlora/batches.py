@@ -102,11 +102,13 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
     _, batch = next(batches(model, dataset.select(longest), collator, 2, "trial"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
-    model.eval()
     try:
         with torch.enable_grad():
-            loss = forward_losses(model, kind, batch).sum() + model(**batch).loss
-            torch.autograd.grad(loss, trained, allow_unused=True)
+            model.eval()  # as samples are measured
+            losses = forward_losses(model, kind, batch)
+            torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+            model.train()  # as the Trainer takes them
+            torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
