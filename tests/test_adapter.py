@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
 from tsqlora.adapter import (
@@ -23,12 +24,14 @@ from tsqlora.adapter import (
 )
 from tsqlora.allocation import RankPlan
 from tsqlora.errors import ConfigError, ModelError
+from tsqlora.loading import load_config, load_model
 from tsqlora.lora_layers import (
     PEFT_TASK_TYPES,
     lora_modules,
     lora_parameters,
     temporary_adapter,
     trainable_state,
+    wrap,
 )
 
 OPTIMIZERS: dict[str, Any] = {
@@ -85,6 +88,31 @@ def test_every_export_of_every_architecture_gives_equal_logits(
         assert (logits(merged.merge_and_unload().eval(), kind) - expected).abs().max() < 1e-5
     assert (logits(loaded, kind) - expected).abs().max() < 1e-5
     assert torch.equal(logits(model, kind), expected)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS])
+def test_a_head_that_was_drawn_at_random_goes_with_the_adapter(name: str, tmp_path: Path) -> None:
+    whole = tiny_model(name)
+    body = getattr(whole, whole.base_model_prefix)
+    state = {k: v for k, v in body.state_dict().items() if not k.startswith("pooler.")}
+    body.save_pretrained(tmp_path / "model", state_dict=state)
+
+    def loaded(seed: int) -> Any:
+        torch.manual_seed(seed)
+        config = load_config(str(tmp_path / "model"))
+        config.num_labels = 3
+        return load_model(str(tmp_path / "model"), AutoModelForSequenceClassification, config)
+
+    with temporary_adapter(loaded(0), "classification", 1) as adapted:
+        shapes = {m.name: m.shape for m in lora_modules(adapted)}
+    plan = RankPlan(dict.fromkeys(shapes, 1), shapes, 2.0, 10**9)
+    model = wrap(loaded(0), lora_config(plan, "SEQ_CLS")).eval()
+    check_plan(model, plan)
+    expected = logits(model, "classification")
+    export_adapter(model, tmp_path / "adapter")
+    assert (logits(loaded(1).eval(), "classification") - expected).abs().max() > 1e-4
+    again = PeftModel.from_pretrained(loaded(1), str(tmp_path / "adapter")).eval()
+    assert (logits(again, "classification") - expected).abs().max() < 1e-5
 
 
 def test_compact_holds_the_true_ranks_and_padded_one_rank(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 # Each module imports only modules that stand before it.
 ORDER = [
     "errors", "schema", "config", "artefacts", "table_files", "data",
-    "losses", "batches", "loading", "encoding", "labels",
+    "losses", "batches", "heads", "loading", "encoding", "labels",
     "base_task", "tasks", "generation", "metrics",
     "hooks", "lora_layers", "adaptation", "per_sample_grads",
     "credibility", "quality", "selection", "mismatch", "scoring", "sensitivity",

@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from datasets import Dataset
 
 import tiny_text as tiny
+from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
+from tsqlora.adaptation import adapt_briefly
 from tsqlora.errors import ConfigError, ModelError
+from tsqlora.loading import load_tokenizer, most_tokens
+from tsqlora.lora_layers import temporary_adapter
 from tsqlora.tasks import make_task
 
 DATA = {"text": "text", "target": "target"}
@@ -148,3 +153,50 @@ def test_a_configuration_the_kind_cannot_do_is_refused(
 def test_metrics_of_written_text_are_refused_for_plain_text_before_training(llama: str) -> None:
     with pytest.raises(ConfigError, match="exact_match needs a prompt"):
         make_task(tiny.config(llama, "causal-lm", {"text": "text"}, metrics=["exact_match"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (tf.BertConfig(max_position_embeddings=64, pad_token_id=1), 64),
+        (tf.RobertaConfig(max_position_embeddings=66, pad_token_id=1), 64),
+        (tf.GPT2Config(n_positions=64), 64),
+        (tf.MptConfig(max_seq_len=64, n_layers=1), 64),
+        (tf.LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32), 64),
+        (tf.XLNetConfig(), 100),
+        (tf.T5Config(), 100),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_inputs_are_no_longer_than_the_positions_that_tokens_can_take(
+    config: tf.PreTrainedConfig, most: int
+) -> None:
+    assert most_tokens(config, 100) == most
+    assert most_tokens(config, 10) == 10
+
+
+def test_a_tokenizer_file_that_says_it_all_is_read_as_it_is(tmp_path: Path) -> None:
+    made = tiny.word_tokenizer()
+    made.save_pretrained(tmp_path)
+    tf.Qwen2Config(vocab_size=64).save_pretrained(tmp_path)  # transformers would take Qwen's own
+    text = "a good film"
+    assert load_tokenizer(str(tmp_path), "model")(text).input_ids == made(text).input_ids
+
+
+def test_a_model_that_cannot_take_the_samples_is_refused_in_its_own_words() -> None:
+    model = with_lora(tiny_model("t5"), "seq2seq")
+    model.config.decoder_start_token_id = None
+    rows = Dataset.from_list(rows_of(tiny_batch("seq2seq")))
+    with pytest.raises(ModelError, match=r"T5For.*decoder_start_token_id.*config\.json"):
+        adapt_briefly(model, rows, collate, 2, 1e-3, 2, 0)
+
+
+def test_what_peft_cannot_adapt_is_refused_with_the_names_that_can_be() -> None:
+    model = tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=8, hidden_size=8, state_size=2, num_hidden_layers=1)
+    )
+    with (
+        pytest.raises(ModelError, match=r"= dt_proj, in_proj.*'out_proj' is incompatible"),
+        temporary_adapter(model, "causal-lm"),
+    ):
+        pass

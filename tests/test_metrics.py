@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from datasets import Dataset
 from scipy import stats
 from sklearn import metrics as sk
@@ -240,6 +242,29 @@ def test_a_chat_is_written_from_before_its_last_assistant_turn(tmp_path: Path) -
     assert predict(task, recorder, encoded) == [""]
     (prompt,) = recorder.prompts
     assert task.tokenizer.decode(prompt).endswith("red</s>\n<|user|>b</s>\n<|assistant|>")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: tf.MptForCausalLM(
+            tf.MptConfig(vocab_size=330, d_model=16, n_heads=2, n_layers=1, max_seq_len=32)
+        ),
+        lambda: tf.XLNetLMHeadModel(
+            tf.XLNetConfig(vocab_size=330, d_model=16, n_layer=1, n_head=2, d_inner=24)
+        ),
+    ],
+    ids=["mpt", "xlnet"],
+)
+def test_writing_ends_within_the_positions_that_the_model_has(
+    model: Callable[[], Any], tmp_path: Path
+) -> None:
+    model().save_pretrained(tmp_path)
+    tiny.byte_tokenizer().save_pretrained(tmp_path)
+    data = {"text": "text", "target": "target", "max_length": 32}
+    rows = tiny.rows(text=["a", "a good film is not a bad"], target=["b", "b"])
+    task = make_task(tiny.config(str(tmp_path), CAUSAL_LM, data), rows)
+    assert len(predict(task, task.load_model(), task.encode(rows, "x"))) == 2
 
 
 def test_what_the_model_itself_writes_is_matched_by_all_metrics(made: dict[str, Made]) -> None:

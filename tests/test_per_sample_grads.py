@@ -20,10 +20,11 @@ from tsqlora.per_sample_grads import (
     Sketch,
     SquaredNorms,
     one_step,
+    separable,
 )
 
 ARCHITECTURES = [*ENCODERS, *SEQ2SEQ, *DECODERS]
-MIXES_SAMPLES = ["deberta-v2"]
+MIXES_SAMPLES = ["deberta", "deberta-v2", "xlnet"]
 RELATIVE = 1e-10
 
 
@@ -69,6 +70,18 @@ def test_a_layer_run_once_for_the_whole_batch_is_refused_and_exact_singly(name: 
     (expected,) = looped_gradients(model, kind, batch)
     total = sum(g.square().sum() for g in expected.values())
     assert torch.allclose(norms.total, total, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("longest", [3, 9])  # at 3, XLNet's (T, N) looks like 3 samples
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart", *MIXES_SAMPLES])
+def test_samples_are_told_apart_where_each_alone_has_the_same_gradient(
+    name: str, longest: int
+) -> None:
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name), kind)
+    whole = tiny_batch(kind, samples=3)
+    batch = {key: tensor[..., :longest].contiguous() for key, tensor in whole.items()}
+    assert separable(model, kind, batch) == (name not in MIXES_SAMPLES)
 
 
 @settings(max_examples=15)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -26,15 +28,25 @@ def test_every_module_agrees_with_a_loop_over_samples(name: str, estimator: str)
 
 
 def test_hutchinson_tends_to_the_exact_hessian_trace() -> None:
-    model = with_lora(tiny_model("bert", double=True), "classification")
-    rows = rows_of(tiny_batch("classification", samples=3))
-    module = next(m for m in lora_modules(model) if m.name.endswith("pooler.dense"))
+    # One module and one sample: others only add noise of mean 0.
+    model = tiny_model("bert", double=True)
+    model = with_lora(model, "classification", target_modules=["pooler.dense"])
+    rows = rows_of(tiny_batch("classification", samples=1))
+    (module,) = lora_modules(model)
     true = abs(exact_hessian_trace(model, "classification", collate(rows), module))
-    again = Dataset.from_list(rows * 500)  # one direction a batch, so 500 directions
+    again = Dataset.from_list(rows * 400)  # one direction a batch, so 400 directions
     found = layer_sensitivity(
-        model, again, collate, "hessian", batch_size=3, max_samples=len(again)
+        model, again, collate, "hessian", batch_size=1, max_samples=len(again)
     ).modules[module.name]
-    assert found == pytest.approx(true, rel=0.25)
+    assert found == pytest.approx(true, rel=0.1)
+
+
+def test_the_hessian_of_a_model_that_mixes_samples_is_taken_one_by_one() -> None:
+    model = with_lora(tiny_model("deberta-v2", double=True), "classification")
+    dataset = Dataset.from_list(rows_of(tiny_batch("classification", samples=3)))
+    together = layer_sensitivity(model, dataset, collate, "hessian", batch_size=3)
+    assert all(math.isfinite(value) for value in together.modules.values())
+    assert any(together.modules.values())
 
 
 def test_a_plain_model_is_measured_and_left_bit_equal() -> None:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 import tiny_text as tiny
+from tiny import KINDS, tiny_model
 from tsqlora.base_task import Task
 from tsqlora.errors import DataError
 from tsqlora.losses import IGNORED, infer_kind, sample_losses
@@ -150,6 +151,11 @@ def test_the_model_is_of_the_tasks_kind_and_knows_pad_token_and_labels(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     if task.labels:
         assert tuple(model.config.id2label[i] for i in range(3)) == task.labels
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_every_architecture_is_known(name: str) -> None:
+    assert infer_kind(tiny_model(name)) == KINDS[name]
 
 
 def test_saved_tokenizers_encode_the_same(example: tuple[Task, Dataset], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsqlora.lora_layers import PEFT_TASK_TYPES, resolve_targets
 
-VOCABULARY = 40
+VOCABULARY, END = 40, 2
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -23,6 +23,21 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 DECODER = {**SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 
 
 def _encoder(config: type, model: type, **more: Any) -> Callable[[], Any]:
@@ -37,6 +52,24 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": _encoder(tf.BertConfig, tf.BertForSequenceClassification),
     "roberta": _encoder(tf.RobertaConfig, tf.RobertaForSequenceClassification),
     "albert": _encoder(tf.AlbertConfig, tf.AlbertForSequenceClassification, embedding_size=8),
+    "distilbert": lambda: tf.DistilBertForSequenceClassification(
+        tf.DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=16,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=24,
+            max_position_embeddings=64,
+            num_labels=3,
+        )
+    ),
+    "deberta": _encoder(
+        tf.DebertaConfig,
+        tf.DebertaForSequenceClassification,
+        relative_attention=True,
+        max_relative_positions=16,
+        pos_att_type=["p2c", "c2p"],
+    ),
     "deberta-v2": _encoder(
         tf.DebertaV2Config,
         tf.DebertaV2ForSequenceClassification,
@@ -56,25 +89,19 @@ ENCODERS: dict[str, Callable[[], Any]] = {
         cls_token_id=1,
         sep_token_id=2,
     ),
-}
-SEQ2SEQ: dict[str, Callable[[], Any]] = {
-    "bart": lambda: tf.BartForConditionalGeneration(
-        tf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
+    "xlnet": lambda: tf.XLNetForSequenceClassification(
+        tf.XLNetConfig(
+            vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=3
         )
     ),
+    "bart-classifier": lambda: tf.BartForSequenceClassification(
+        tf.BartConfig(**BART, num_labels=3)
+    ),
+    "llama-classifier": _decoder(tf.LlamaConfig, tf.LlamaForSequenceClassification, num_labels=3),
+}
+SEQ2SEQ: dict[str, Callable[[], Any]] = {
+    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**BART)),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(
             vocab_size=VOCABULARY,
@@ -111,6 +138,8 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "phi3": _decoder(tf.Phi3Config, tf.Phi3ForCausalLM),
     "mistral": _decoder(tf.MistralConfig, tf.MistralForCausalLM),
     "mixtral": _decoder(tf.MixtralConfig, tf.MixtralForCausalLM, num_local_experts=4),
+    "phimoe": _decoder(tf.PhimoeConfig, tf.PhimoeForCausalLM, num_local_experts=4),
+    "falcon": _decoder(tf.FalconConfig, tf.FalconForCausalLM, new_decoder_architecture=True),
     "qwen2-moe": _decoder(
         tf.Qwen2MoeConfig,
         tf.Qwen2MoeForCausalLM,
@@ -156,7 +185,10 @@ def with_lora(
 def tiny_batch(
     kind: str, samples: int = 4, seed: int = 0, longest: int = 9, left: bool = False
 ) -> dict[str, Tensor]:
-    """Random samples of random lengths, padded with 0, with targets of that kind."""
+    """Random samples of random lengths, padded with 0, with targets of that kind.
+
+    What is to be classified ends with END, by which encoder-decoders find its end.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (samples, longest), generator=generator)
     lengths = torch.randint(4, longest + 1, (samples,), generator=generator)
@@ -166,6 +198,7 @@ def tiny_batch(
     mask = (steps >= (longest - lengths)[:, None]) if left else (steps < lengths[:, None])
     ids = ids * mask
     if kind == "classification":
+        ids[range(samples), steps.expand(samples, -1).mul(mask).argmax(1)] = END
         labels = torch.randint(0, 3, (samples,), generator=generator)
     elif kind == "regression":
         labels = torch.randn(samples, generator=generator)

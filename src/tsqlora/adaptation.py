@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from tsqlora.batches import Collator
+from tsqlora.batches import Collator, try_out
+from tsqlora.losses import infer_kind
 
 LEAST = 100
 """Steps after which a fresh head's losses can judge targets (benchmarks/LOG.md)."""
@@ -35,7 +36,11 @@ def adapt_briefly(
     """Train what is trainable in `model` for `steps` steps on `dataset`, in place.
 
     AdamW, constant rate after a warm-up of a tenth, drawn uniformly. One pass a sample and step.
+
+    Raises:
+        ModelError: the model cannot take the samples.
     """
+    try_out(model, infer_kind(model), dataset, collator)
     if steps <= 0:
         return
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:

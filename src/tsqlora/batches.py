@@ -12,11 +12,21 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import SEQ2SEQ, sample_losses
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 Batch = dict[str, Tensor]
+
+_REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    AssertionError,
+)
 
 
 def model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
@@ -80,6 +90,36 @@ def forward_logits(model: nn.Module, kind: str, batch: Batch) -> Tensor:
 def forward_losses(model: nn.Module, kind: str, batch: Batch) -> Tensor:
     """ℓ_i (N) of a batch."""
     return sample_losses(kind, forward_logits(model, kind, batch), batch["labels"])
+
+
+def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -> None:
+    """Take the two longest samples forward and back, so that what cannot work shows at once.
+
+    Raises:
+        ModelError: with the model's own words.
+    """
+    longest = np.argsort(-_lengths(dataset), kind="stable")[:2]
+    _, batch = next(batches(model, dataset.select(longest), collator, 2, "trial"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    try:
+        with torch.enable_grad():
+            model.eval()  # as samples are measured
+            losses = forward_losses(model, kind, batch)
+            torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+            model.train()  # as the Trainer takes them
+            torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        name = type(getattr(model, "get_base_model", lambda: model)()).__name__
+        words = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{name} cannot take these samples forward and back ({words.rstrip('. ')}). Mend its "
+            "config.json or the tokenizer, lower data.max_length, or use another model."
+        ) from error
+    finally:
+        model.train(training)
 
 
 def _forward_parameters(model: nn.Module) -> Sequence[str]:

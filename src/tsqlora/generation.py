@@ -14,7 +14,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from tsqlora.base_task import Task
 from tsqlora.errors import DataError
-from tsqlora.loading import quiet
+from tsqlora.loading import most_tokens, quiet
 from tsqlora.losses import CAUSAL_LM, IGNORED
 
 
@@ -72,8 +72,9 @@ def _generate(task: Task, model: Any, prompts: list[list[int]]) -> list[str]:
     ).to(next(model.parameters()).device)
     longest = inputs["input_ids"].shape[1]
     room = [task.limit - len(prompt) if causal else task.limit for prompt in prompts]
-    positions = getattr(model.config, "max_position_embeddings", None) if causal else None
-    most = min(max(room), positions - longest) if positions else max(room)
+    most = max(room)
+    if causal:  # the shortest prompt may have room beyond the model's positions, being padded
+        most = most_tokens(model.config, longest + most) - longest
     with quiet():  # generation settings of the model that greedy search does not use
         written = model.generate(**inputs, max_new_tokens=most, num_beams=1, do_sample=False)
     new = written[:, longest:] if causal else written[:, 1:]  # the decoder's start token

@@ -33,7 +33,7 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(entered)
         ctx.sink = sink
-        return output.view_as(output)
+        return output.detach()  # no view, which a model could not change in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

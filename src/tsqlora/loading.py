@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,19 +12,24 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from tsqlora.errors import ModelError
+from tsqlora.heads import may_be_new, note_drawn
 
 T = TypeVar("T")
 
+_POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
 _FAILURES = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -40,6 +47,27 @@ def load_config(name: str) -> PreTrainedConfig:
     return _tried(lambda: AutoConfig.from_pretrained(name, trust_remote_code=False), "model", name)
 
 
+def most_tokens(config: PreTrainedConfig, wanted: int) -> int:
+    """`wanted`, or less where the model has fewer positions.
+
+    RoBERTa and its kin count positions from the padding token's number on, so that the first ones
+    take no token. Only the built model tells, so it is built (without weights) where it matters.
+    """
+    sizes = [getattr(config, name, None) or 0 for name in _POSITIONS]
+    most = next((size for size in sizes if size > 0), wanted)
+    reserved = (getattr(config, "pad_token_id", None) or 0) + 1
+    if wanted <= most - reserved:
+        return wanted
+    with quiet(), torch.device("meta"):
+        body = AutoModel.from_config(copy.deepcopy(config))
+    padded = any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None
+        for name, module in body.named_modules()
+        if "position" in name.rpartition(".")[2]
+    )
+    return min(wanted, most - reserved if padded else most)
+
+
 def load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
     """The tokenizer `name`, a folder or a hub name, with a pad token (eos where it has none).
 
@@ -51,8 +79,9 @@ def load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
     path = _folder(name, field)
     if path and not any(_is_tokenizer_file(file.name) for file in path.iterdir()):
         raise ModelError(_no_tokenizer(path, field))
+    read: Any = PreTrainedTokenizerFast if path and _is_generic(path) else AutoTokenizer
     tokenizer: PreTrainedTokenizerBase = _tried(
-        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False), field, name
+        lambda: read.from_pretrained(name, trust_remote_code=False), field, name
     )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes out of nothing
         raise ModelError(f"{field}: the tokenizer of {name} has no vocabulary; set `tokenizer:`.")
@@ -97,14 +126,15 @@ def load_model(name: str, auto_class: Any, config: PreTrainedConfig) -> PreTrain
             "model",
             name,
         )
-    absent = [key for key in found["missing_keys"] if not _may_be_new(key, model)]
-    misfit = [str(key[0]) for key in found["mismatched_keys"] if not _may_be_new(key[0], model)]
+    absent = [key for key in found["missing_keys"] if not may_be_new(key, model)]
+    misfit = [str(key[0]) for key in found["mismatched_keys"] if not may_be_new(key[0], model)]
     if absent or misfit:
         raise ModelError(
             f"model: {name} lacks weights of {type(model).__name__} ({_few(absent + misfit)}); its "
             "architecture does not fit the task, or its config.json does not fit the weights."
         )
     assert isinstance(model, PreTrainedModel)
+    note_drawn(model, [*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])])
     return model
 
 
@@ -116,7 +146,10 @@ def require_embeddings(
     Raises:
         ModelError: so it is.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # no table of tokens: CANINE hashes characters
+        return
     if len(tokenizer) > rows:
         raise ModelError(
             f"The tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens but {name} only "
@@ -163,6 +196,16 @@ def _tried(load: Callable[[], T], field: str, name: str) -> T:
         ) from error
 
 
+def _is_generic(path: Path) -> bool:
+    """Whether tokenizer.json says it all; AutoTokenizer would read it as the model type's own."""
+    try:
+        said = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    generic = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return (path / "tokenizer.json").is_file() and said.get("tokenizer_class") in generic
+
+
 def _no_tokenizer(path: Path, field: str) -> str:
     inner = sorted(str(f.parent) for f in path.glob("*/*") if f.name == "tokenizer.json")
     there = f" (there is one in {_few(inner)})" if inner else ""
@@ -172,13 +215,6 @@ def _no_tokenizer(path: Path, field: str) -> str:
 
 def _is_tokenizer_file(name: str) -> bool:
     return bool(re.match(r"(tokenizer|vocab|tekken)", name) or re.search(r"\.(model|spm)$", name))
-
-
-def _may_be_new(key: str, model: PreTrainedModel) -> bool:
-    """Whether a sequence classifier's weight belongs to its head or pooler."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return False
-    return ".pooler." in key or not key.startswith(f"{model.base_model_prefix}.")
 
 
 def _few(names: Iterable[str], most: int = 3) -> str:

@@ -7,7 +7,7 @@ Shape letters, here and in every module that touches tensors: N samples, T posit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tsqlora.errors import ModelError
+from tsqlora.heads import HEADS, head_modules
 from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
 
 PEFT_TASK_TYPES = {
@@ -139,10 +140,16 @@ def base_weight(module: nn.Module) -> Tensor:
 
 
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """`get_peft_model` whose complaints are a `ModelError` naming what can be targeted."""
+    """`get_peft_model` whose complaints are a `ModelError` naming what can be targeted.
+
+    A classifier's head is trained and saved whole, also where PEFT does not know its name.
+    """
+    if config.task_type == PEFT_TASK_TYPES[CLASSIFICATION]:
+        unknown = [name for name in head_modules(model) if not name.endswith(HEADS)]
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *unknown}) or None
     try:
         return get_peft_model(model, config)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         kinds = sorted({n.rsplit(".", 1)[-1] for n in linear_names(model)})
         raise ModelError(
             f"adapter.target_modules = {_shown(config.target_modules)} cannot be adapted in "
@@ -151,10 +158,10 @@ def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
         ) from error
 
 
-HEADS = ("classifier", "score")
-"""Modules that transformers puts on top of an encoder or decoder for a classification."""
 EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 """Leaf names that PEFT turns into expert parameters in a mixture of experts."""
+ROUTED = {"experts", "router"}
+"""Parts of names inside which tokens are picked out of their samples, or choose experts."""
 
 
 def resolve_targets(
@@ -163,7 +170,8 @@ def resolve_targets(
     """`all-linear` as explicit names; anything else as it is, for PEFT to match.
 
     All linear modules but the output embedding and a classification head. In a mixture of experts,
-    whose experts are stacked parameters without per-sample gradients, only what lies outside them.
+    whose experts are stacked parameters or see tokens out of their samples, only what lies outside
+    them and their router.
     """
     if not isinstance(target_modules, str):
         return list(target_modules)
@@ -172,9 +180,10 @@ def resolve_targets(
     output = getattr(model, "get_output_embeddings", lambda: None)()
     excluded = [n for n, m in model.named_modules() if output is not None and m is output]
     if kind in (CLASSIFICATION, REGRESSION):
-        excluded += HEADS
+        excluded += head_modules(model)
     names = [n for n in linear_names(model) if not any(_within(n, e) for e in excluded)]
-    if any("experts" in n and p.dim() == 3 for n, p in model.named_parameters()):
+    if any("experts" in n.split(".") for n, _ in model.named_parameters()):
+        names = [n for n in names if not ROUTED & set(n.split("."))]
         names = [n for n in names if n.rsplit(".", 1)[-1] not in EXPERT_NAMES]
     return names
 
@@ -192,8 +201,10 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _shown(targets: object) -> str:
-    return targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))  # type: ignore[call-overload]
+def _shown(targets: str | Iterable[str] | None) -> str:
+    if isinstance(targets, str):
+        return targets
+    return ", ".join(sorted({name.rpartition(".")[2] for name in targets or ()}))
 
 
 @contextmanager

@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from tsqlora.errors import ModelError
 
@@ -62,7 +66,9 @@ def target_lengths(kind: str, labels: Tensor) -> Tensor:
 
 
 def infer_kind(model: nn.Module) -> str:
-    """The kind of task a transformers model is built for, read from its class name and config.
+    """The kind of task a transformers model is built for, read from its class and config.
+
+    A class counts as what transformers' auto classes list it for, or else as its name says.
 
     Raises:
         ModelError: the model is none of the four kinds.
@@ -70,12 +76,16 @@ def infer_kind(model: nn.Module) -> str:
     inner = getattr(model, "get_base_model", lambda: model)()
     name = type(inner).__name__
     config = getattr(inner, "config", None)
+    classes = {each.__name__ for each in type(inner).__mro__}
     if "SequenceClassification" in name:
         regression = getattr(config, "problem_type", None) == "regression"
         return REGRESSION if regression or getattr(config, "num_labels", 2) == 1 else CLASSIFICATION
-    if "ConditionalGeneration" in name and getattr(config, "is_encoder_decoder", False):
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    seq2seq = classes & set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+    if encoder_decoder and (seq2seq or "ConditionalGeneration" in name):
         return SEQ2SEQ
-    if "CausalLM" in name or "LMHeadModel" in name:
+    causal = classes & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if causal or "CausalLM" in name or "LMHeadModel" in name:
         return CAUSAL_LM
     raise ModelError(
         f"{name} is not a model for sequence classification, regression, seq2seq or causal "

@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tsqlora.batches import Batch, forward_losses, singly
 from tsqlora.errors import ModelError
-from tsqlora.hooks import SampleTaps, by_sample
+from tsqlora.hooks import SampleTaps, SharedInput, by_sample
 from tsqlora.lora_layers import LoraModule, lora_modules
 
 
@@ -154,6 +155,41 @@ class PerSampleGradients:
         gradient = torch.bmm(gradients.transpose(1, 2), inputs)
         for reducer in self.reducers:
             reducer.add(factor, gradient)
+
+
+PROBED = 3
+"""Samples of the first batch whose gradients are also taken alone."""
+AGREEMENT = 0.25
+"""Relative error that low precision may cause; gradients of other samples differ by 1 and more."""
+
+
+def separable(model: nn.Module, kind: str, batch: Batch) -> bool:
+    """Whether the samples' gradients, taken from one batch, are those that each has alone.
+
+    Not so where a layer runs once for the whole batch, mixes samples or holds them in another
+    dimension than the first, which a shape alone does not tell when two dimensions are equal.
+    """
+    if len(batch["labels"]) == 1:
+        return True
+    few = {name: tensor[:PROBED] for name, tensor in batch.items()}
+    try:
+        together = _gradients(model, kind, few)
+    except SharedInput:
+        return False
+    for i, sample in enumerate(singly(few)):
+        alone = _gradients(model, kind, sample)
+        pairs = [(together[name][i], alone[name][0]) for name in alone if name in together]
+        error = sum(float((got - true).square().sum()) for got, true in pairs)
+        if error > AGREEMENT**2 * sum(float(g.square().sum()) for g in alone.values()):
+            return False
+    return True
+
+
+def _gradients(model: nn.Module, kind: str, batch: Batch) -> dict[str, Tensor]:
+    keep = Keep()
+    with PerSampleGradients(model, keep) as gradients, torch.enable_grad():
+        gradients.backward(forward_losses(model, kind, batch))
+    return keep.gradients
 
 
 def factors(modules: Sequence[LoraModule]) -> dict[str, nn.Linear]:

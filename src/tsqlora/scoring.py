@@ -32,6 +32,7 @@ from tsqlora.per_sample_grads import (
     Sketch,
     SquaredNorms,
     one_step,
+    separable,
 )
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw
@@ -119,7 +120,7 @@ class _Sheet:
         reducers += [self.keep] if self.lookahead else []
         self.gradients = PerSampleGradients(model, *reducers)
         self.random = np.random.default_rng(scorer.seed)
-        self.single = False
+        self.single: bool | None = None
         names = ("loss", "gradient_norm", "loss_reduction")
         self.columns = {name: np.full(samples, np.nan) for name in names}
         size = self.sketch.size if self.sketch else 0
@@ -132,19 +133,25 @@ class _Sheet:
 
     def add(self, positions: np.ndarray, batch: Batch) -> None:
         """Measure one batch, one sample at a time where a layer mixes samples."""
+        if self.single is None and self.scorer.measures:
+            self._decide(not separable(self.model, self.kind, batch))
         if not self.single:
             try:
                 self._add(positions, batch)
                 return
             except SharedInput:
-                self.single = True
-                logger.warning(
-                    f"{type(self.model).__name__} runs a layer once for the whole batch: scoring "
-                    "one sample at a time, which is exact but slower."
-                )
+                self._decide(True)
                 self._reset()
         for i, sample in enumerate(singly(batch)):
             self._add(positions[i : i + 1], sample)
+
+    def _decide(self, single: bool) -> None:
+        self.single = single
+        if single:
+            logger.warning(
+                f"{type(self.model).__name__} has a layer in which a batch's samples cannot be "
+                "told apart: scoring one sample at a time, which is exact but slower."
+            )
 
     def _add(self, positions: np.ndarray, batch: Batch) -> None:
         labels = batch["labels"]

@@ -23,6 +23,7 @@ from tsqlora.errors import ConfigError, RunError
 from tsqlora.hooks import SampleTaps, SharedInput
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter
 from tsqlora.losses import infer_kind
+from tsqlora.per_sample_grads import separable
 
 WEIGHT_GRADIENT, FISHER, HESSIAN = "weight_gradient", "fisher", "hessian"
 CHUNK = 4_000_000
@@ -111,7 +112,7 @@ class _Meter:
         self.model, self.kind, self.estimator, self.seed = model, kind, estimator, seed
         self.modules = {module.name: module for module in lora_modules(model)}
         self.totals = dict.fromkeys(self.modules, 0.0)
-        self.single = False
+        self.single: bool | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._batches = 0
         self._sign = 0.0
@@ -120,18 +121,18 @@ class _Meter:
     def add(self, batch: Batch) -> None:
         """Add one batch, one sample at a time where a layer mixes samples."""
         self._batches += 1
-        if not self.single and self.estimator != HESSIAN:
+        measure = self._hutchinson if self.estimator == HESSIAN else self._backward
+        if self.single is None:
+            self.single = not separable(self.model, self.kind, batch)
+        if not self.single:
             before = dict(self.totals)
             try:
-                self._backward(batch)
+                measure(batch)
                 return
             except SharedInput:
                 self.single, self.totals = True, before
-        if self.estimator == HESSIAN:
-            self._hutchinson(batch)
-            return
         for sample in singly(batch):
-            self._backward(sample)
+            measure(sample)
 
     def result(self, samples: int) -> LayerSensitivity:
         """The means over `samples`."""

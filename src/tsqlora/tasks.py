@@ -33,7 +33,7 @@ from tsqlora.encoding import (
 )
 from tsqlora.errors import ConfigError, DataError, ModelError
 from tsqlora.labels import class_names, label_name
-from tsqlora.loading import load_config, load_tokenizer
+from tsqlora.loading import load_config, load_tokenizer, most_tokens
 from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
 
 
@@ -59,10 +59,10 @@ def make_task(
         config.data.max_length,
         tokenizer.model_max_length,
         target_tokenizer.model_max_length,
-        getattr(model_config, "max_position_embeddings", None) or config.data.max_length,
     ]
+    limit = most_tokens(model_config, min(limits))
     task = _TASKS[config.task](
-        config.model, config.data, tokenizer, target_tokenizer, min(limits), tuple(labels or ())
+        config.model, config.data, tokenizer, target_tokenizer, limit, tuple(labels or ())
     )
     if train is not None:
         require_columns(train, task.columns(), "data.train")
