@@ -73,7 +73,7 @@ def test_single_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "label" in message
 
 
-@pytest.mark.parametrize("value", ["many", float("nan"), None])
+@pytest.mark.parametrize("value", ["many", float("nan"), None, 1e300])
 def test_regression_target_that_is_no_number(
     value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

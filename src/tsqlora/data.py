@@ -42,7 +42,7 @@ def load_dataset(source: str, where: str) -> Dataset:
     try:
         dataset = _load(os.path.expanduser(source), _SPLITS.get(where))
         if not len(dataset):
-            raise DataError(f"{source} holds no rows.")
+            raise DataError(f"{source} holds no rows. Fill it or name another.")
         return _with_ids(dataset)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
