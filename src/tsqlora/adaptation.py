@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from tsqlora.batches import Collator
+from tsqlora.errors import TrainingError
 
 
 def adapt_briefly(
@@ -26,6 +27,9 @@ def adapt_briefly(
     """Train what is trainable in `model` for `steps` steps on `dataset`, in place.
 
     AdamW, constant rate after a warm-up of a tenth, drawn uniformly. One pass a sample and step.
+
+    Raises:
+        TrainingError: the parameters are no longer finite.
     """
     if steps <= 0:
         return
@@ -44,3 +48,8 @@ def adapt_briefly(
         )
         set_seed(seed)
         Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise TrainingError(
+            "The brief adaptation diverged: lower training.learning_rate or look for extreme "
+            "targets."
+        )

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from tsqlora.adaptation import adapt_briefly
 from tsqlora.batches import Batch, Collator, batches, forward_logits, forward_losses, singly, subset
 from tsqlora.config import QualityConfig
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, TrainingError
 from tsqlora.hooks import SharedInput
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import (
@@ -96,7 +96,9 @@ class Scorer:
                 sheet.add_mismatched(dataset)
         finally:
             model.train(training)
-        return sheet.measurements(_ids(dataset))
+        measured = sheet.measurements(_ids(dataset))
+        _require_finite(measured, what)
+        return measured
 
 
 class _Sheet:
@@ -234,6 +236,7 @@ def score_samples(
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
         DataError: there is no row, or the batches hold no labels.
+        TrainingError: losses or gradients are not finite.
     """
     scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
     if len(dataset) == 0:
@@ -283,6 +286,17 @@ def _spliced(row: dict[str, Any], at: int, other: dict[str, Any], other_at: int)
     ids = (row["input_ids"][:at] + other["input_ids"][other_at:])[:longest]
     labels = ([IGNORED] * at + other["labels"][other_at:])[:longest]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _require_finite(measured: Measurements, what: str) -> None:
+    bad = ~(np.isfinite(measured.loss) & np.isfinite(measured.gradient_norm))
+    if bad.any():
+        ids = ", ".join(str(number) for number in measured.ids[bad][:5])
+        raise TrainingError(
+            f"{what}: loss or gradient of {bad.sum()} of {len(bad)} samples is not finite (rows "
+            f"{ids}{', ...' if bad.sum() > 5 else ''}): lower training.learning_rate, or mend "
+            "these rows."
+        )
 
 
 def _others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
