@@ -50,6 +50,7 @@ _Dropout = Annotated[float, Rule(" of at least 0 and below 1", lambda x: 0 <= x 
 _Positive = Annotated[float, Rule(" above 0", lambda x: x > 0)]
 _Count = Annotated[int, Rule(" of at least 1", lambda x: x >= 1)]
 _CountOrZero = Annotated[int, Rule(" of at least 0", lambda x: x >= 0)]
+_NotNegative = Annotated[float, Rule(" of at least 0", lambda x: x >= 0)]
 _Seed = Annotated[int, Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
 
 
@@ -217,10 +218,17 @@ def _training_hints() -> dict[str, Any]:
 
     scalars = {bool, int, float, str, NoneType}
     hints = get_type_hints(TrainingArguments)
-    return {
+    ranges = {
+        "learning_rate": _NotNegative,
+        "num_train_epochs": _Positive,
+        "per_device_train_batch_size": _Count,
+        "per_device_eval_batch_size": _Count,
+        "gradient_accumulation_steps": _Count,
+    }
+    return ranges | {
         each.name: hint if scalars.issuperset(get_args(hint) or (hint,)) else Any
         for each in fields(TrainingArguments)
-        if each.init and each.name not in _REFUSED and (hint := hints[each.name])
+        if each.init and each.name not in {*_REFUSED, *ranges} and (hint := hints[each.name])
     }
 
 
