@@ -38,6 +38,7 @@ from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, resolve_targets, trainable_state, wrap
 from tsqlora.metrics import evaluate
 from tsqlora.model_card import model_card
+from tsqlora.preflight import check_run
 from tsqlora.quality import QualityScores
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
@@ -97,6 +98,7 @@ class Run:
         if self.folder.is_done("adaptation", inputs, [saved]):
             load_trainable_state(model, load_file(saved))
             return model
+        check_run(self.config, model, self.inputs.splits)
         steps = self.config.quality.adapt_steps
         logger.info("0/4 Brief adaptation: %d steps of %d samples", steps, self.scorer.batch_size)
         with counted(self.folder, "adaptation", steps * self.scorer.batch_size):
@@ -271,9 +273,9 @@ class Run:
                 atomic_write_text(folder / "README.md", model_card(self.config, task))
         return out
 
-    @cached_property
+    @property
     def arguments(self) -> Any:
-        """The `TrainingArguments` of stage 4."""
+        """The `TrainingArguments` of stage 4, made anew: they set accelerate's global state."""
         return training_arguments(self.config.training, self.folder.training, self.config.seed)
 
     @cached_property
