@@ -21,6 +21,12 @@ EARLY: list[tuple[dict[str, Any], list[str]]] = [
     ({"adapter.modules_to_save": ["poler"]}, ["modules_to_save", "'poler'", "word_embeddings"]),
     ({"training.eval_strategy": "epoch", "data.validation": None}, ["training", "eval_dataset"]),
     ({"training.report_to": "nonsense"}, ["training", "nonsense"]),
+    ({"training.train_sampling_strategy": "sequential"}, ["train_sampling_strategy", "draws"]),
+    ({"training.metric_for_best_model": "accuracy"}, ["accuracy", "eval_loss"]),
+    (
+        {"training.dataloader_drop_last": True, "training.per_device_train_batch_size": 99},
+        ["60 samples", "batch of 99"],
+    ),
     ({"training.lr_scheduler_kwargs": {"speed": 1}}, ["training", "speed"]),
 ]
 
@@ -34,6 +40,12 @@ def test_nothing_is_trained_or_kept_before_model_and_trainer_agree(
     assert all(name in said for name in named)
     assert "adaptation" not in said
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml"}
+
+
+def test_no_is_a_strategy_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    config = classification_run(tmp_path, **{"training.save_strategy": False})
+    assert main(["train", str(config), "--set", "training.max_steps=2"]) == 0
+    assert not list((tmp_path / "run/checkpoints").glob("train/checkpoint-*"))
 
 
 def test_a_rate_that_diverges_is_refused_and_may_be_mended_in_the_same_folder(

@@ -208,6 +208,9 @@ def _fit_training(given: Mapping[str, Any], problems: list[str]) -> dict[str, An
     refused = [key for key in given if key in _REFUSED]
     problems.extend(f"training.{key} is not yours to set: {_REFUSED[key]}" for key in refused)
     rest = {key: value for key, value in given.items() if key not in _REFUSED}
+    for key in rest:
+        if rest[key] is False and str(key).endswith("_strategy"):
+            rest[key] = "no"  # which YAML reads as false
     return fit_keys(_training_hints(), rest, "training.", problems)
 
 

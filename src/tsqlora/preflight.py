@@ -13,6 +13,7 @@ from tsqlora.config import RunConfig
 from tsqlora.errors import ConfigError
 from tsqlora.inputs import Splits
 from tsqlora.lora_layers import lora_modules
+from tsqlora.selection import draw_size
 from tsqlora.training import training_arguments
 
 
@@ -28,6 +29,12 @@ def check_run(config: RunConfig, model: PeftModel, splits: Splits) -> None:
     check_ranks(shapes, ranks.mean_rank, ranks.parameters, ranks.min_rank, ranks.max_rank)
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(config.training, Path(folder), config.seed)
+        drawn = draw_size(len(splits.train), config.quality.fraction)
+        if arguments.dataloader_drop_last and drawn < arguments.train_batch_size:
+            raise ConfigError(
+                f"training.dataloader_drop_last drops all: {drawn} samples an epoch fill no batch "
+                f"of {arguments.train_batch_size}. Leave it out or lower the batch size."
+            )
         try:
             trainer = Trainer(
                 model, arguments, train_dataset=splits.train, eval_dataset=splits.validation

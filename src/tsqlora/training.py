@@ -80,11 +80,11 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
     """`TrainingArguments` from the `training:` section, with our defaults below it.
 
     Raises:
-        ConfigError: transformers refuses a value.
+        ConfigError: transformers refuses a value, or one would be without effect.
     """
     merged = {**DEFAULTS, **settings}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(output),
             seed=seed,
             remove_unused_columns=False,
@@ -93,6 +93,17 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+    if arguments.train_sampling_strategy != "random":
+        raise ConfigError(
+            "training.train_sampling_strategy: tsqlora draws the samples by their quality; leave "
+            "it out."
+        )
+    if arguments.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ConfigError(
+            f"training.metric_for_best_model: {arguments.metric_for_best_model} is not measured "
+            "while training; use eval_loss, or leave it out."
+        )
+    return arguments
 
 
 def resumable_checkpoint(folder: Path) -> str | None:
