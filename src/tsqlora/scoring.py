@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tsqlora.adaptation import adapt_briefly
-from tsqlora.batches import Batch, Collator, batches, forward_logits, forward_losses, singly, subset
+from tsqlora.batches import (
+    Batch,
+    Collator,
+    batches,
+    forward_logits,
+    forward_losses,
+    require_samples,
+    singly,
+    subset,
+)
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, TrainingError
 from tsqlora.hooks import SharedInput
@@ -239,8 +248,7 @@ def score_samples(
         TrainingError: losses or gradients are not finite.
     """
     scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
-    if len(dataset) == 0:
-        raise DataError("There is no sample to score: the data set is empty.")
+    require_samples(model, dataset, collator)
     with ExitStack() as stack:
         adapted = model
         if not has_lora(model):
