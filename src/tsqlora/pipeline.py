@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from tsqlora.adaptation import adapt_briefly
-from tsqlora.adapter import check_plan, export_adapter, lora_config, warm_start
+from tsqlora.adapter import check_plan, export_adapter, load_adapter, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
     atomic_file,
@@ -250,7 +250,7 @@ class Run:
         """The base model under the finished adapter."""
         set_seed(self.config.seed)
         base = self.finished_task.load_model()
-        return PeftModel.from_pretrained(base, str(self.folder.adapter))
+        return load_adapter(base, self.folder.adapter)
 
     def evaluate_on(self, source: str) -> dict[str, float]:
         """Metrics of the finished adapter on another data set; nothing is written."""

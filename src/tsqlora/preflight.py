@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from tsqlora.allocation import check_ranks
 from tsqlora.config import RunConfig
-from tsqlora.errors import ConfigError
+from tsqlora.errors import ConfigError, ModelError
 from tsqlora.inputs import Splits
 from tsqlora.lora_layers import lora_modules
 from tsqlora.selection import draw_size
@@ -23,7 +23,11 @@ def check_run(config: RunConfig, model: PeftModel, splits: Splits) -> None:
     Raises:
         ConfigError: ranks that a module cannot take, a budget that is too small, or what the
             libraries refuse of `training`.
+        ModelError: weights that are not finite.
     """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelError(f"model: {config.model} holds NaN or infinity in {name}; mend it.")
     ranks = config.ranks
     shapes = {module.name: module.shape for module in lora_modules(model)}
     check_ranks(shapes, ranks.mean_rank, ranks.parameters, ranks.min_rank, ranks.max_rank)
