@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from runs import class_rows, classification_run, save_model, write_rows
 from tsqlora.cli import main
@@ -73,7 +74,7 @@ def test_single_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "label" in message
 
 
-@pytest.mark.parametrize("value", ["many", float("nan"), None])
+@pytest.mark.parametrize("value", ["many", float("nan"), None, 1e300])
 def test_regression_target_that_is_no_number(
     value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,3 +213,29 @@ def test_evaluating_or_exporting_what_is_not_finished(
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
     assert "--resume" in capsys.readouterr().err
     assert json.loads((tmp_path / "run/stages.json").read_text())
+
+
+def test_an_adapter_that_was_broken_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(classification_run(tmp_path))]) == 0
+    weights = tmp_path / "run/adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    again = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "validation.jsonl")]
+    assert main(again) == 2
+    weights.unlink()
+    assert main(again) == 2
+    assert capsys.readouterr().err.count(f"tsqlora: {weights.parent}") == 2
+
+
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = classification_run(tmp_path)
+    file = tmp_path / "model/model.safetensors"
+    weights = load_file(file)
+    weights["bert.embeddings.word_embeddings.weight"][3, 3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    message = failing(capsys, config)
+    assert "word_embeddings" in message
+    assert str(tmp_path / "model") in message

@@ -188,6 +188,10 @@ BAD = [
     ("quality.mode", "online", "online is not available yet; use upfront"),
     ("quality.adapt_steps", -1, "quality.adapt_steps must be a whole number of at least 0"),
     ("quality.reference", "validation", "quality.reference: validation needs data.validation"),
+    ("training.learning_rate", -1, "training.learning_rate must be a number of at least 0"),
+    ("training.num_train_epochs", 0, "training.num_train_epochs must be a number above 0"),
+    ("training.per_device_train_batch_size", 0, "must be a whole number of at least 1, not 0"),
+    ("training.gradient_accumulation_steps", 0, "must be a whole number of at least 1, not 0"),
     ("quality", [1], "quality must be a mapping of keys, not [1]"),
     ("ranks.min_rank", 33, "ranks.min_rank (33) must not exceed ranks.max_rank (32)"),
     ("ranks.min_rank", -1, "ranks.min_rank must be a whole number of at least 0, not -1"),
@@ -228,7 +232,11 @@ BAD = [
     ("metrics", "f1", "metrics must be a list (text) or null, not 'f1'"),
     ("target_tokenizer", "t", "target_tokenizer is for seq2seq, not for classification"),
     ("training", "fast", "training must be a mapping of keys, not 'fast'"),
-    ("training.learning_rate", "fast", "training.learning_rate must be a number, not 'fast'"),
+    (
+        "training.learning_rate",
+        "fast",
+        "training.learning_rate must be a number of at least 0, not 'fast'",
+    ),
     ("training.bf16", "true", "training.bf16 must be true or false, not 'true'"),
     (
         "training.report_to",

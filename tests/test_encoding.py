@@ -88,6 +88,7 @@ def test_chats_that_cannot_be_learnt_from_are_named(llama: str) -> None:
         (CHAT[1:], "begins with the assistant"),
         ([], "no assistant turn"),
         ([CHAT[0], {"role": "assistant", "content": None}], "no `content`"),
+        ([CHAT[0], {"role": "assistant", "content": " "}], "turns are empty"),
     ):
         with pytest.raises(DataError, match=f"^data.test: row 1: .*{message}"):
             task.encode(tiny.rows(messages=[CHAT, chat]), "data.test")

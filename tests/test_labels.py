@@ -57,6 +57,7 @@ def test_a_class_label_feature_keeps_its_names_and_numbers(bert: str) -> None:
         ([0.5, 1.5, 1.0], "task: regression"),
         ([i / 10 for i in range(150)], "150 different labels.*task: regression"),
         ([None, None], "no label at all"),
+        ([["a"], ["b"]], "lists or records"),
     ],
 )
 def test_labels_that_make_no_classes_are_refused(

@@ -300,6 +300,15 @@ def test_a_run_that_ended_before_its_first_artefact_may_change_its_configuration
     assert RunFolder.create(tmp_path, mended).load_config() == mended
 
 
+def test_a_configuration_typed_by_hand_is_never_overwritten(tmp_path: Path) -> None:
+    typed = "# my notes\n" + configuration(tmp_path).to_yaml()
+    (tmp_path / "config.yaml").write_text(typed)
+    RunFolder.create(tmp_path, configuration(tmp_path))
+    with pytest.raises(RunError, match="another configuration"):
+        RunFolder.create(tmp_path, configuration(tmp_path, seed=3))
+    assert (tmp_path / "config.yaml").read_text() == typed
+
+
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(RunError, match="is a file"):

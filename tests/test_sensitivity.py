@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from transformers import default_data_collator
 
 from reference import exact_hessian_trace, looped_sensitivity
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
-from tsqlora.errors import ConfigError, RunError
+from tsqlora.errors import ConfigError, DataError, RunError
 from tsqlora.lora_layers import lora_modules
+from tsqlora.scoring import score_samples
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
 
 
@@ -83,3 +85,21 @@ def test_saves_and_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
 def test_an_unknown_estimator_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'newton'.*fisher"):
         layer_sensitivity(tiny_model("bert"), Dataset.from_list([]), collate, "newton")
+
+
+def test_what_holds_no_labelled_rows_is_refused_before_it_is_measured() -> None:
+    rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=4)))
+    bare = rows.remove_columns("labels")
+    wrong = [
+        (list(rows), "Dataset.from_list"),
+        (DatasetDict(train=rows), "not DatasetDict"),
+        (rows.to_iterable_dataset(), "without streaming"),
+        (rows.select([]), "empty"),
+        (bare, "no `labels`"),
+    ]
+    model = tiny_model("bert")
+    for measure in (layer_sensitivity, score_samples):
+        for dataset, message in wrong:
+            collator = default_data_collator if dataset is bare else collate
+            with pytest.raises(DataError, match=message):
+                measure(model, dataset, collator)  # type: ignore[operator]

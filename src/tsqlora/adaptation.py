@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from tsqlora.batches import Collator, try_out
+from tsqlora.errors import TrainingError
 from tsqlora.losses import infer_kind
 
 LEAST = 100
@@ -39,6 +40,7 @@ def adapt_briefly(
 
     Raises:
         ModelError: the model cannot take the samples.
+        TrainingError: the parameters are no longer finite.
     """
     try_out(model, infer_kind(model), dataset, collator)
     if steps <= 0:
@@ -58,3 +60,8 @@ def adapt_briefly(
         )
         set_seed(seed)
         Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise TrainingError(
+            "The brief adaptation diverged: lower training.learning_rate or look for extreme "
+            "targets."
+        )

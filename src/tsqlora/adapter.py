@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -204,6 +205,27 @@ def _zero(
             value.shape == parameter.shape[dimension : dimension + 1]
         ):  # Adafactor's factored moment
             value.index_fill_(0, index, 0.0)
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`base` under the adapter saved in `folder`.
+
+    Raises:
+        ModelError: it is broken, or no adapter of this model.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder} holds no adapter_model.safetensors: remove the folder and train "
+            "again with --resume."
+        )
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{folder} cannot be loaded ({reason}): remove the folder and train again with "
+            "--resume."
+        ) from error
 
 
 def export_adapter(model: nn.Module, folder: str | Path, format: str = "compact") -> Path:

@@ -116,9 +116,8 @@ def allocate_ranks(
         ConfigError: the bounds are impossible, or the budget lies below min_rank everywhere.
     """
     shapes = sensitivity.shapes
-    budget = _budget(shapes, mean_rank, parameters)
+    budget = check_ranks(shapes, mean_rank, parameters, min_rank, max_rank)
     caps = {name: min(max_rank, *shape) for name, shape in shapes.items()}
-    _check_bounds(shapes, caps, budget, min_rank)
     ranks = dict.fromkeys(sorted(shapes), min_rank)
     left = budget - sum(min_rank * sum(shape) for shape in shapes.values())
     weights = _integers(sensitivity.modules)
@@ -133,6 +132,24 @@ def allocate_ranks(
         if ranks[name] < caps[name]:
             heapq.heappush(heap, _claim(name, weights[name], ranks[name]))
     return RankPlan({name: ranks[name] for name in shapes}, dict(shapes), scale, budget)
+
+
+def check_ranks(
+    shapes: Mapping[str, tuple[int, int]],
+    mean_rank: float | None = None,
+    parameters: int | None = None,
+    min_rank: int = 0,
+    max_rank: int = 32,
+) -> int:
+    """The budget of `allocate_ranks` for modules of these shapes, which need no sensitivity yet.
+
+    Raises:
+        ConfigError: as `allocate_ranks`.
+    """
+    budget = _budget(shapes, mean_rank, parameters)
+    caps = {name: min(max_rank, *shape) for name, shape in shapes.items()}
+    _check_bounds(shapes, caps, budget, min_rank)
+    return budget
 
 
 def _claim(name: str, weight: int, rank: int) -> tuple[Fraction, int, str]:
@@ -163,12 +180,13 @@ def _check_bounds(
     problems = []
     if min_rank < 0:
         problems.append(f"ranks.min_rank = {min_rank} is negative; the least is 0 (not adapted).")
-    for name, cap in caps.items():
-        if min_rank > cap:
-            problems.append(
-                f"ranks.min_rank = {min_rank} is over what {name} of shape {shapes[name]} can take "
-                f"({cap}); lower it."
-            )
+    narrow = [name for name, cap in caps.items() if min_rank > cap]
+    if narrow:
+        name, others = narrow[0], f", and {len(narrow) - 1} more modules" if narrow[1:] else ""
+        problems.append(
+            f"ranks.min_rank = {min_rank} is over what {name} of shape {shapes[name]} can take "
+            f"({caps[name]}){others}; lower it."
+        )
     least = sum(min_rank * sum(shape) for shape in shapes.values())
     cheapest = min((sum(shape) for shape in shapes.values()), default=0)
     if budget < max(least, cheapest):

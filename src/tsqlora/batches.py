@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tsqlora.data import require_map_style
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import SEQ2SEQ, sample_losses
 
@@ -40,6 +41,18 @@ def model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
     return dataset.select_columns(kept) if kept else dataset
 
 
+def require_samples(model: nn.Module, dataset: Any, collator: Collator) -> None:
+    """Check, before anything long, that `dataset` holds rows which `collator` gives labels.
+
+    Raises:
+        DataError: it is no `datasets.Dataset`, is empty, or its batches have no `labels`.
+    """
+    require_map_style(dataset, "the data set")
+    if len(dataset) == 0:
+        raise DataError("There is no sample to measure: the data set is empty.")
+    _require_labels(collator([model_columns(model, dataset)[0]]), dataset)
+
+
 def batches(
     model: nn.Module,
     dataset: Dataset,
@@ -62,13 +75,17 @@ def batches(
         for start in range(0, len(order), batch_size):
             positions = order[start : start + batch_size]
             batch = collator([rows[int(i)] for i in positions])
-            if "labels" not in batch:
-                raise DataError(
-                    "The collator's batches have no `labels`, so no loss can be taken: name the "
-                    f"target column `labels` (columns here: {', '.join(dataset.column_names)})."
-                )
+            _require_labels(batch, dataset)
             yield positions, {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
             progress.update(len(positions))
+
+
+def _require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:
+    if "labels" not in batch:
+        raise DataError(
+            "The collator's batches have no `labels`, so no loss can be taken: name the target "
+            f"column `labels` (columns here: {', '.join(dataset.column_names)})."
+        )
 
 
 def _lengths(dataset: Dataset) -> np.ndarray:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +123,29 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit status: 0 done, 2 the user's mistake, 130 interrupted, 1 our fault."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tsqlora").setLevel(logging.INFO)
+    _say_only_what_matters()
     verb: Callable[[argparse.Namespace], Result] = globals()[arguments.verb]
     try:
-        result = verb(arguments)
+        with redirect_stdout(sys.stderr):  # the Trainer prints; stdout is for the result alone
+            result = verb(arguments)
     except TsqloraError as error:
         print(f"tsqlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tsqlora: interrupted; go on with the same command and --resume.", file=sys.stderr)
+        remedy = " and --resume" if "resume" in arguments else ""
+        print(f"tsqlora: interrupted; go on with the same command{remedy}.", file=sys.stderr)
         return 130
     print(json.dumps(result, indent=2) if arguments.json else _readable(result))
     return 0
+
+
+def _say_only_what_matters() -> None:
+    """Our own account on stderr, errors of the libraries, and warnings where `-W` asks for them."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tsqlora").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _verb(verbs: Any, function: Callable[[argparse.Namespace], Result]) -> argparse.ArgumentParser:

@@ -50,6 +50,7 @@ _Dropout = Annotated[float, Rule(" of at least 0 and below 1", lambda x: 0 <= x 
 _Positive = Annotated[float, Rule(" above 0", lambda x: x > 0)]
 _Count = Annotated[int, Rule(" of at least 1", lambda x: x >= 1)]
 _CountOrZero = Annotated[int, Rule(" of at least 0", lambda x: x >= 0)]
+_NotNegative = Annotated[float, Rule(" of at least 0", lambda x: x >= 0)]
 _Seed = Annotated[int, Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
 
 
@@ -208,6 +209,9 @@ def _fit_training(given: Mapping[str, Any], problems: list[str]) -> dict[str, An
     refused = [key for key in given if key in _REFUSED]
     problems.extend(f"training.{key} is not yours to set: {_REFUSED[key]}" for key in refused)
     rest = {key: value for key, value in given.items() if key not in _REFUSED}
+    for key in rest:
+        if rest[key] is False and str(key).endswith("_strategy"):
+            rest[key] = "no"  # which YAML reads as false
     return fit_keys(_training_hints(), rest, "training.", problems)
 
 
@@ -218,10 +222,17 @@ def _training_hints() -> dict[str, Any]:
 
     scalars = {bool, int, float, str, NoneType}
     hints = get_type_hints(TrainingArguments)
-    return {
+    ranges = {
+        "learning_rate": _NotNegative,
+        "num_train_epochs": _Positive,
+        "per_device_train_batch_size": _Count,
+        "per_device_eval_batch_size": _Count,
+        "gradient_accumulation_steps": _Count,
+    }
+    return ranges | {
         each.name: hint if scalars.issuperset(get_args(hint) or (hint,)) else Any
         for each in fields(TrainingArguments)
-        if each.init and each.name not in _REFUSED and (hint := hints[each.name])
+        if each.init and each.name not in {*_REFUSED, *ranges} and (hint := hints[each.name])
     }
 
 

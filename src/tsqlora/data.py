@@ -42,7 +42,7 @@ def load_dataset(source: str, where: str) -> Dataset:
     try:
         dataset = _load(os.path.expanduser(source), _SPLITS.get(where))
         if not len(dataset):
-            raise DataError(f"{source} holds no rows.")
+            raise DataError(f"{source} holds no rows. Fill it or name another.")
         return _with_ids(dataset)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
@@ -54,7 +54,7 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
     Raises:
         DataError: one of the parts would be empty.
     """
-    _require_map_style(dataset, "data.train")
+    require_map_style(dataset, "data.train")
     rows, held_out = len(dataset), round(fraction * len(dataset))
     if not 0 < held_out < rows:
         raise DataError(
@@ -67,7 +67,7 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
 
 def dataset_fingerprint(dataset: Dataset) -> str:
     """SHA-256 of the rows in their order: the same for equal rows, on any machine."""
-    _require_map_style(dataset, "the data set")
+    require_map_style(dataset, "the data set")
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         for row in table.to_pylist():
@@ -81,7 +81,7 @@ def require_columns(dataset: Dataset, columns: Iterable[str], where: str) -> Non
     Raises:
         DataError: the columns it lacks, those it has, and the nearest.
     """
-    _require_map_style(dataset, where)
+    require_map_style(dataset, where)
     known = [name for name in dataset.column_names if name != "id"]
     problems = []
     for column in dict.fromkeys(columns):
@@ -153,11 +153,16 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
     return [(literal, field) for literal, field, _, _ in parsed]
 
 
-def _require_map_style(dataset: Any, where: str) -> None:
+def require_map_style(dataset: Any, where: str) -> None:
+    """Check that `dataset` is a `datasets.Dataset`, whose rows have stable numbers.
+
+    Raises:
+        DataError: it is something else.
+    """
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"{where}: expected a datasets.Dataset, not {type(dataset).__name__}. Streaming data "
-            "sets have no stable rows to score: load without streaming."
+            f"{where}: expected a datasets.Dataset, not {type(dataset).__name__}. Choose a split "
+            "of several, load without streaming, or make one by Dataset.from_list."
         )
 
 

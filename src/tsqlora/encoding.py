@@ -112,6 +112,8 @@ def render_chat(
     assistant = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not assistant:
         raise DataError("the chat has no assistant turn to learn. Add one or drop the row.")
+    if not any(turns[i].get("tool_calls") or str(turns[i]["content"]).strip() for i in assistant):
+        raise DataError("the assistant's turns are empty. Fill one in or drop the row.")
     if assistant[0] == 0:
         raise DataError("the chat begins with the assistant. Put a user or system turn first.")
     try:

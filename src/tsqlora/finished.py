@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
-from tsqlora.adapter import export_adapter
+from tsqlora.adapter import export_adapter, load_adapter
 from tsqlora.artefacts import atomic_folder, atomic_write_text, os_errors, read_json
 from tsqlora.config import RunConfig
 from tsqlora.data import load_dataset
@@ -55,7 +55,7 @@ class FinishedRun:
     def model(self) -> PeftModel:
         """The base model under the adapter."""
         set_seed(self.config.seed)
-        return PeftModel.from_pretrained(self.task.load_model(), str(self.folder.adapter))
+        return load_adapter(self.task.load_model(), self.folder.adapter)
 
     def evaluate(self, splits: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
         """Metrics on encoded data sets, by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from tsqlora.errors import DataError
 
@@ -35,6 +35,11 @@ def class_names(train: Dataset, column: str, where: str) -> tuple[str, ...]:
         DataError: there are no two classes, or so many that they look like numbers or texts.
     """
     feature = train.features[column]
+    if not isinstance(feature, ClassLabel | Value):
+        raise DataError(
+            f"{where}: {column!r} holds lists or records, not labels. Name a column of single "
+            "values, or mend it."
+        )
     used = [value for value in train.unique(column) if value is not None and value == value]
     if isinstance(feature, ClassLabel):
         used = [value for value in used if value >= 0]

@@ -7,6 +7,7 @@ Shape letters, here and in every module that touches tensors: N samples, T posit
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,20 +143,47 @@ def base_weight(module: nn.Module) -> Tensor:
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
     """`get_peft_model` whose complaints are a `ModelError` naming what can be targeted.
 
-    A classifier's head is trained and saved whole, also where PEFT does not know its name.
+    A classifier's head is trained and saved whole, also where PEFT does not know its name. Every
+    name must match, where PEFT is content with one of them.
     """
     if config.task_type == PEFT_TASK_TYPES[CLASSIFICATION]:
         unknown = [name for name in head_modules(model) if not name.endswith(HEADS)]
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *unknown}) or None
+    _require_matches(model, config)
     try:
         return get_peft_model(model, config)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, re.error) as error:
         kinds = sorted({n.rsplit(".", 1)[-1] for n in linear_names(model)})
         raise ModelError(
             f"adapter.target_modules = {_shown(config.target_modules)} cannot be adapted in "
             f"{type(model).__name__}: {str(error).splitlines()[0]} Linear modules there end in: "
             f"{', '.join(kinds) or 'none'}; or use all-linear."
         ) from error
+
+
+def _require_matches(model: nn.Module, config: LoraConfig) -> None:
+    """PEFT takes a name for every module whose dotted name ends in it."""
+    parts = [name.split(".") for name, _ in model.named_modules()]
+    known = {".".join(names[i:]) for names in parts for i in range(len(names))}
+    targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    saved = set(config.modules_to_save or ()) - set(HEADS)  # which PEFT adds unasked
+    wanted = {"target_modules": targets, "modules_to_save": saved}
+    problems = [
+        f"adapter.{field}: {type(model).__name__} has no module {name!r}. Module names there end "
+        f"in: {_leaves(model)}."
+        for field, names in wanted.items()
+        for name in sorted(set(names) - known)
+    ]
+    if problems:
+        raise ModelError.of(problems)
+
+
+def _leaves(model: nn.Module) -> str:
+    """The last parts of the names of all modules with weights of their own."""
+    owners = (
+        n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None
+    )
+    return ", ".join(sorted({n.rsplit(".", 1)[-1] for n in owners}))
 
 
 EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")

@@ -35,6 +35,7 @@ from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, resolve_targets, trainable_state, wrap
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.model_card import model_card
+from tsqlora.preflight import check_run
 from tsqlora.quality import QualityScores
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
@@ -99,6 +100,7 @@ class Run:
         if self.folder.is_done("adaptation", inputs, [saved]):
             load_trainable_state(model, load_file(saved))
             return model
+        check_run(self.config, model, self.inputs.splits)
         steps = self._adapt_steps()
         logger.info("0/4 Brief adaptation: %d steps of %d samples", steps, self.scorer.batch_size)
         with counted(self.folder, "adaptation", steps * self.scorer.batch_size):
@@ -234,9 +236,9 @@ class Run:
         """What the run left, once it is trained."""
         return FinishedRun(self.config, self.folder)
 
-    @cached_property
+    @property
     def arguments(self) -> Any:
-        """The `TrainingArguments` of stage 4."""
+        """The `TrainingArguments` of stage 4, made anew: they set accelerate's global state."""
         return training_arguments(self.config.training, self.folder.training, self.config.seed)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tsqlora.artefacts import (
     temporary_name,
 )
 from tsqlora.config import RunConfig
-from tsqlora.errors import RunError
+from tsqlora.errors import ConfigError, RunError
 
 logger = logging.getLogger("tsqlora")
 
@@ -110,9 +111,9 @@ class RunFolder:
     def create(cls, path: str | Path, config: RunConfig, resume: bool = False) -> RunFolder:
         """Start a run, or go on with the one of the same configuration.
 
-        An absent or empty folder becomes a new run, as does one that holds only a configuration, of
-        a run that ended before its first artefact. A run of the same configuration goes on; if its
-        training has begun, only with `resume`.
+        An absent or empty folder becomes a new run, as does one that holds only the configuration
+        (and the cost so far) of a run that ended before its first artefact. A run of the same
+        configuration goes on; if its training has begun, only with `resume`.
 
         Raises:
             RunError: the folder holds another configuration's run, one whose training has begun
@@ -124,10 +125,10 @@ class RunFolder:
                 raise RunError(f"{run.path} is a file, not a folder: choose another `output`.")
             run.path.mkdir(parents=True, exist_ok=True)
             run._check_room()
-            if run.config.exists() and run._entries() != {run.config.name}:
+            if run.config.exists() and not run._without_artefacts():
                 run._check_same(config)
                 run._check_begun(resume)
-            elif run._entries() - {run.config.name}:
+            elif run._entries() and not run._without_artefacts():
                 raise RunError(
                     f"{run.path} is not empty and holds no run (no config.yaml): choose another "
                     "`output`, or empty the folder."
@@ -192,6 +193,14 @@ class RunFolder:
 
     def _entries(self) -> set[str]:
         return {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
+
+    def _without_artefacts(self) -> bool:
+        """Whether there is only the resolved configuration and the cost; not one typed by hand."""
+        if not self.config.exists() or self._entries() - {self.config.name, self.metrics.name}:
+            return False
+        with suppress(ConfigError):
+            return self.config.read_bytes() == self.load_config().to_yaml().encode()
+        return False
 
     def _check_room(self) -> None:
         free = free_bytes(self.path)

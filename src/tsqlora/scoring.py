@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tsqlora.adaptation import LEAST, adapt_briefly
-from tsqlora.batches import Batch, Collator, batches, forward_logits, forward_losses, singly, subset
+from tsqlora.batches import (
+    Batch,
+    Collator,
+    batches,
+    forward_logits,
+    forward_losses,
+    require_samples,
+    singly,
+    subset,
+)
 from tsqlora.config import QualityConfig
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, TrainingError
 from tsqlora.hooks import SharedInput
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import (
@@ -104,7 +113,10 @@ class Scorer:
                 sheet.add_mismatched(dataset)
         finally:
             model.train(training)
-        return sheet.measurements(_ids(dataset))
+        measured = sheet.measurements(_ids(dataset))
+        columns = [measured.loss, *([measured.gradient_norm] if self.measures else [])]
+        _require_finite(measured.ids, columns, what)
+        return measured
 
 
 class _Sheet:
@@ -264,10 +276,10 @@ def score_samples(
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
         DataError: there is no row, or the batches hold no labels.
+        TrainingError: losses or gradients are not finite.
     """
     scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
-    if len(dataset) == 0:
-        raise DataError("There is no sample to score: the data set is empty.")
+    require_samples(model, dataset, collator)
     with ExitStack() as stack:
         adapted = model
         if not has_lora(model):
@@ -276,6 +288,17 @@ def score_samples(
             steps = LEAST if steps is None else steps
             adapt_briefly(adapted, dataset, collator, steps, learning_rate, batch_size, seed)
         return scorer.score(adapted, dataset, reference)
+
+
+def _require_finite(ids: np.ndarray, columns: list[np.ndarray], what: str) -> None:
+    bad = ~np.all([np.isfinite(column) for column in columns], axis=0)
+    if bad.any():
+        named = ", ".join(str(number) for number in ids[bad][:5])
+        raise TrainingError(
+            f"{what}: loss or gradient of {bad.sum()} of {len(bad)} samples is not finite (rows "
+            f"{named}{', ...' if bad.sum() > 5 else ''}): lower training.learning_rate, or mend "
+            "these rows."
+        )
 
 
 def _others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from tsqlora.artefacts import atomic_write_json
-from tsqlora.batches import Batch, Collator, batches, forward_losses, singly, subset
+from tsqlora.batches import (
+    Batch,
+    Collator,
+    batches,
+    forward_losses,
+    require_samples,
+    singly,
+    subset,
+)
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.hooks import SampleTaps, SharedInput
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter
@@ -89,10 +97,12 @@ def layer_sensitivity(
     Raises:
         ConfigError: the estimator is unknown.
         ModelError: the model's kind is unknown or nothing matches `target_modules`.
+        DataError: there is no row, or the batches hold no labels.
     """
     if estimator not in (WEIGHT_GRADIENT, FISHER, HESSIAN):
         raise ConfigError(f"Unknown estimator {estimator!r}: weight_gradient, fisher or hessian.")
     kind = infer_kind(model)
+    require_samples(model, dataset, collator)
     rows = subset(dataset, max_samples, seed)
     with ExitStack() as stack:
         if not has_lora(model):

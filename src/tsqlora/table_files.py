@@ -93,7 +93,8 @@ def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
     for fields, line in zip(rows, lines[1:], strict=True):
         if len(fields) != len(header):
             raise DataError(
-                f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}."
+                f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}. A "
+                "field that holds a delimiter goes in double quotes."
             )
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
     return pa.table([_numbers_or_text(column) for column in columns], names=header)

@@ -89,6 +89,9 @@ def _field(config: RunConfig) -> str:
     return "model" if config.tokenizer is None else "tokenizer"
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 class _SequenceTask(Task):
     """One label or number for one text or pair of texts."""
 
@@ -157,10 +160,10 @@ class RegressionTask(_SequenceTask):
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= _LARGEST:  # NaN included
             raise DataError(
-                f"row {row['id']}: {self.data.target!r} is {value!r}, not a finite number. Mend "
-                "it, drop the row, or use `task: classification` for names."
+                f"row {row['id']}: {self.data.target!r} is {value!r}, not a finite number in "
+                "float32. Mend it, drop the row, or use `task: classification` for names."
             )
         return number
 

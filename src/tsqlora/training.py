@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from tsqlora.artefacts import os_errors
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.selection import QualitySampler
 
@@ -83,11 +84,11 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
     """`TrainingArguments` from the `training:` section, with our defaults below it.
 
     Raises:
-        ConfigError: transformers refuses a value.
+        ConfigError: transformers refuses a value, or one would be without effect.
     """
     merged = {**DEFAULTS, **settings}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(output),
             seed=seed,
             remove_unused_columns=False,
@@ -96,6 +97,17 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+    if arguments.train_sampling_strategy != "random":
+        raise ConfigError(
+            "training.train_sampling_strategy: tsqlora draws the samples by their quality; leave "
+            "it out."
+        )
+    if arguments.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ConfigError(
+            f"training.metric_for_best_model: {arguments.metric_for_best_model} is not measured "
+            "while training; use eval_loss, or leave it out."
+        )
+    return arguments
 
 
 def resumable_checkpoint(folder: Path) -> str | None:
@@ -103,7 +115,7 @@ def resumable_checkpoint(folder: Path) -> str | None:
     while (last := get_last_checkpoint(str(folder)) if folder.is_dir() else None) is not None:
         if (Path(last) / COMPLETE).exists():
             return last
-        logger.warning("%s was cut off while being written: skipped.", last)
+        logger.warning("%s is not complete or not finite: removed.", last)
         shutil.rmtree(last)
     return None
 
@@ -113,6 +125,8 @@ def run_training(trainer: PoolTrainer, resume: bool) -> None:
 
     Raises:
         TrainingError: the loss is not finite.
+        ConfigError: a key of `training` needs a library that is not installed.
+        RunError: a checkpoint cannot be written.
         KeyboardInterrupt: after the checkpoint that Ctrl-C asked for.
     """
     folder = Path(trainer.args.output_dir or ".")
@@ -122,8 +136,11 @@ def run_training(trainer: PoolTrainer, resume: bool) -> None:
     interrupted = InterruptCallback()
     trainer.add_callback(interrupted)
     trainer.add_callback(CompleteCallback())
-    with interrupted.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
+    with interrupted.listening(), os_errors(folder):
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except ImportError as error:
+            raise ConfigError(f"training: {error}") from error
     if interrupted.requested:
         raise KeyboardInterrupt
 
@@ -161,14 +178,16 @@ class InterruptCallback(TrainerCallback):
 
 
 class CompleteCallback(TrainerCallback):
-    """Marks a checkpoint when everything in it is written."""
+    """Marks a checkpoint when everything in it is written, and finite."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The last callback of a save."""
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        finite = all(bool(p.isfinite().all()) for p in parameters)
+        if state.is_world_process_zero and folder.is_dir() and finite:
             (folder / COMPLETE).touch()
 
 

@@ -1,0 +1,48 @@
+"""Mistakes that only the model or the Trainer can show, found before anything long starts."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import Trainer
+
+from tsqlora.allocation import check_ranks
+from tsqlora.config import RunConfig
+from tsqlora.errors import ConfigError, ModelError
+from tsqlora.inputs import Splits
+from tsqlora.lora_layers import lora_modules
+from tsqlora.selection import draw_size
+from tsqlora.training import training_arguments
+
+
+def check_run(config: RunConfig, model: PeftModel, splits: Splits) -> None:
+    """Check `ranks` against the adapted modules, and `training` by making a Trainer of it.
+
+    Raises:
+        ConfigError: ranks that a module cannot take, a budget that is too small, or what the
+            libraries refuse of `training`.
+        ModelError: weights that are not finite.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelError(f"model: {config.model} holds NaN or infinity in {name}; mend it.")
+    ranks = config.ranks
+    shapes = {module.name: module.shape for module in lora_modules(model)}
+    check_ranks(shapes, ranks.mean_rank, ranks.parameters, ranks.min_rank, ranks.max_rank)
+    with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
+        arguments = training_arguments(config.training, Path(folder), config.seed)
+        drawn = draw_size(len(splits.train), config.quality.fraction)
+        if arguments.dataloader_drop_last and drawn < arguments.train_batch_size:
+            raise ConfigError(
+                f"training.dataloader_drop_last drops all: {drawn} samples an epoch fill no batch "
+                f"of {arguments.train_batch_size}. Leave it out or lower the batch size."
+            )
+        try:
+            trainer = Trainer(
+                model, arguments, train_dataset=splits.train, eval_dataset=splits.validation
+            )
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        except Exception as error:  # whatever the libraries behind a key raise, the user mends it
+            raise ConfigError(f"training: {error}") from error
