@@ -16,13 +16,14 @@ from tsqlora.batches import Collator, try_out
 from tsqlora.errors import TrainingError
 from tsqlora.losses import infer_kind
 
-LEAST = 100
-"""Steps after which a fresh head's losses can judge targets (benchmarks/LOG.md)."""
+FEW, MOST = 100, 500
+"""Steps where the training's length is not known; steps after which no more is to be learnt of the
+samples (benchmarks/LOG.md)."""
 
 
 def default_steps(training_steps: int) -> int:
-    """Two fifths of the training's own steps, at least `LEAST`, at most as many as those."""
-    return min(training_steps, max(LEAST, round(0.4 * training_steps)))
+    """As many steps on the whole pool as come after on drawn samples, at most `MOST`."""
+    return min(training_steps, MOST)
 
 
 def adapt_briefly(

@@ -89,7 +89,7 @@ class QualityConfig:
 
     `fraction` of the pool is kept, or drawn each epoch. `reference` is a source of trusted samples,
     or the word validation. `adapt_steps` optimizer steps on the whole pool come before scoring;
-    null takes two fifths of the training's own steps, at least 100, at most as many as those.
+    null takes as many as the training itself takes after, at most 500.
     """
 
     fraction: _Share = 0.5

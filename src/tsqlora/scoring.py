@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from tsqlora.adaptation import LEAST, adapt_briefly
+from tsqlora.adaptation import FEW, adapt_briefly
 from tsqlora.batches import (
     Batch,
     Collator,
@@ -285,7 +285,7 @@ def score_samples(
         if not has_lora(model):
             adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
             steps = scorer.quality.adapt_steps
-            steps = LEAST if steps is None else steps
+            steps = FEW if steps is None else steps
             adapt_briefly(adapted, dataset, collator, steps, learning_rate, batch_size, seed)
         return scorer.score(adapted, dataset, reference)
 
