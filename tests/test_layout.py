@@ -23,7 +23,8 @@ ORDER = [
     "hooks", "lora_layers", "adaptation", "per_sample_grads",
     "credibility", "quality", "selection", "mismatch", "scoring", "sensitivity",
     "allocation", "adapter", "dynamic_rank", "callback",
-    "run_folder", "training", "cost", "inputs", "preflight", "model_card", "finished", "baseline",
+    "run_folder", "training", "two_parts", "cost", "inputs", "preflight",
+    "model_card", "finished", "baseline",
     "figures", "report_ranks", "report_samples", "report", "pipeline",
     "demo_data", "demo", "cli", "__main__",
 ]  # fmt: skip

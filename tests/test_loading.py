@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import tiny_text as tiny
 from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
-from tsqlora.adaptation import adapt_briefly
+from tsqlora.adaptation import Adaptation, adapt_briefly
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.loading import load_tokenizer, most_tokens
 from tsqlora.lora_layers import temporary_adapter
@@ -188,7 +188,7 @@ def test_a_model_that_cannot_take_the_samples_is_refused_in_its_own_words() -> N
     model.config.decoder_start_token_id = None
     rows = Dataset.from_list(rows_of(tiny_batch("seq2seq")))
     with pytest.raises(ModelError, match=r"T5For.*decoder_start_token_id.*config\.json"):
-        adapt_briefly(model, rows, collate, 2, 1e-3, 2, 0)
+        adapt_briefly(model, rows, collate, Adaptation(2, 1e-3, 2, 0))
 
 
 def test_what_peft_cannot_adapt_is_refused_with_the_names_that_can_be() -> None:

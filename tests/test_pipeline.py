@@ -114,3 +114,10 @@ def test_scoring_pays_only_for_the_terms_that_have_a_weight(tmp_path: Path) -> N
         assert np.isfinite(scores.loss).all()
         assert np.isfinite(scores.loss_reduction).all() == ("loss_reduction" in on)
         assert np.isnan(scores.convergence).all()
+
+
+def test_by_default_the_pool_is_learnt_for_as_long_as_the_drawn_samples(tmp_path: Path) -> None:
+    run = Run.start(classification_run(tmp_path, **{"quality.adapt_steps": None}))
+    run.score()
+    stages = json.loads(run.folder.metrics.read_text())["cost"]["stages"]
+    assert stages["adaptation"]["passes"] == 2 * 60

@@ -7,6 +7,9 @@ starts from the adapted one, so these steps are the first part of the training (
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -19,6 +22,13 @@ from tsqlora.losses import infer_kind
 FEW, MOST = 100, 500
 """Steps where the training's length is not known; steps after which no more is to be learnt of the
 samples (benchmarks/LOG.md)."""
+_KEPT = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "weight_decay"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("bf16", "fp16", "tf32", "use_cpu", "dataloader_num_workers", "disable_tqdm"),
+    *("label_smoothing_factor", "max_grad_norm"),
+)
+"""Keys of the training that hold for the adaptation too."""
 
 
 def default_steps(training_steps: int) -> int:
@@ -26,40 +36,64 @@ def default_steps(training_steps: int) -> int:
     return min(training_steps, MOST)
 
 
-def adapt_briefly(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
-) -> None:
-    """Train what is trainable in `model` for `steps` steps on `dataset`, in place.
+@dataclass(frozen=True)
+class Adaptation:
+    """How long the adaptation is, and at which rate.
 
-    AdamW, constant rate after a warm-up of a tenth, drawn uniformly. One pass a sample and step.
+    The rate falls linearly to its part `ends_at` (1: it stays), where the training goes on.
+    `settings` are further keys of `TrainingArguments`, those of the training.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    ends_at: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Samples an optimizer step."""
+        return self.batch_size * int(self.settings.get("gradient_accumulation_steps", 1))
+
+    def arguments(self, folder: str) -> TrainingArguments:
+        """For a Trainer that writes nothing but into `folder`."""
+        rate: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
+        if self.ends_at < 1:
+            end = {"lr_end": self.ends_at * self.learning_rate, "power": 1.0}
+            rate = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": end}
+        kept = {k: v for k, v in self.settings.items() if k in _KEPT}
+        return TrainingArguments(
+            output_dir=folder,
+            max_steps=self.steps,
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            warmup_steps=max(1, self.steps // 10),
+            seed=self.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            **{"disable_tqdm": False, **kept, **rate},
+        )
+
+
+def adapt_briefly(
+    model: nn.Module, dataset: Dataset, collator: Collator, adaptation: Adaptation
+) -> None:
+    """Train what is trainable in `model` on `dataset`, drawn uniformly, in place.
+
+    One pass a sample and step.
 
     Raises:
         ModelError: the model cannot take the samples.
         TrainingError: the parameters are no longer finite.
     """
     try_out(model, infer_kind(model), dataset, collator)
-    if steps <= 0:
+    if adaptation.steps <= 0:
         return
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=max(1, steps // 10),
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-        )
-        set_seed(seed)
+        arguments = adaptation.arguments(folder)
+        set_seed(adaptation.seed)
         Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise TrainingError(

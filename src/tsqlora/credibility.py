@@ -1,4 +1,4 @@
-"""How likely each sample's target is right, from its loss alone. NumPy and scikit-learn only.
+"""How likely each sample's target is right, from loss and prediction. NumPy and scikit-learn only.
 
 A *permutation null* shows what a wrong target costs under the present model: the losses of inputs
 with other samples' targets. u_i is the share of null losses (of the same group: the class, so that
@@ -11,6 +11,16 @@ with f₁ the density of right targets (the local false discovery rate of Efron 
 2002 estimate of ρ from the upper half, where right targets do not reach). The null itself is made
 of targets one of which may happen to be right: with C classes and a share π of wrong labels
 ρ = π / (1 - π / (C - 1)), which is solved for π.
+
+A *systematic* wrong label, a class taken for its neighbour, does not look like a permuted one. So
+classes are also judged by what the model, where it is sure of itself, thinks of the label. Let s(a)
+be the share of labels that agree with the prediction at confidence a. If a share π of the labels is
+wrong whatever the text, s(a) = (1 - π) · P(prediction right | a), which levels off at 1 - π, and
+
+    c = P(right | disagrees, a) = (1 - π - s(a)) / (1 - s(a)),        c = 1 where they agree.
+
+(The idea of confident learning, Northcutt et al. 2021, arXiv 1911.00068, as a false discovery
+rate.)
 """
 
 from __future__ import annotations
@@ -32,6 +42,12 @@ ENOUGH = 40
 """Below so many samples (or null losses of a group) nothing is said."""
 SIGNIFICANT = 6.6
 """2 Δ log-likelihood that chance exceeds once in a hundred."""
+RECOGNISED = 0.8
+"""Where less of the sound samples than this has c of at least `CREDIBLE`, nothing is judged."""
+CREDIBLE = 0.7
+"""A wrong target costs more than a sound one brings, so a sample must be this credible to be drawn
+(benchmarks/LOG.md), unless that would leave out more than `LOSABLE` of the sound ones."""
+LOSABLE = 0.05
 STEEPEST = 1.6
 """Above this ratio of f between the third and the last quarter of u, right targets reach into the
 null's range: the model does not know the task well enough for its losses to judge the targets."""
@@ -95,7 +111,40 @@ def from_null(u: Floats, classes: int | None = None) -> Credibility:
     if density < max(0.02, 3 / len(u)):
         return Credibility(np.ones(len(u)), share, "no sign of wrong targets")
     values = np.clip(1 - density / _decreasing_density(u), 0, 1)
+    if values[values >= CREDIBLE].sum() < RECOGNISED * values.sum():
+        return _unknown(u, "sound samples cannot be told from wrong ones yet")
     return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+
+
+def from_agreement(confidence: Floats, agrees: NDArray[np.bool_]) -> Floats:
+    """c_i (N) of class labels by the model's own predictions; all 1 where they are no guide.
+
+    `confidence` is the log-odds of the model's first class against its second, whatever the label,
+    `agrees` whether the label is the first. s(a) is fitted increasing; π̂ = 1 - s over the surest
+    quarter. No guide: too few samples, π̂ below 2 % or above 35 %, or s still rising there.
+    """
+    if len(agrees) < ENOUGH:
+        return np.ones(len(agrees))
+    half, quarter = np.quantile(confidence, [0.5, 0.75])
+    level = float(agrees[confidence >= quarter].mean())
+    before = agrees[(confidence >= half) & (confidence < quarter)]
+    still_rising = len(before) > 0 and level - float(before.mean()) > 0.15
+    if not 0.65 <= level <= 0.98 or still_rising:
+        return np.ones(len(agrees))
+    share = IsotonicRegression(increasing=True).fit_transform(confidence, agrees.astype(float))
+    doubted = np.clip((level - share) / np.maximum(1 - share, 1e-12), 0, 1)
+    return np.where(agrees, 1.0, doubted)
+
+
+def drawable(values: Floats) -> NDArray[np.bool_]:
+    """Which samples may be drawn (N): c ≥ `CREDIBLE`, and as many of the others, the most credible
+    first, as it takes to lose at most `LOSABLE` of the sound ones, of which Σ c are expected."""
+    order = np.argsort(values, kind="stable")
+    lost = np.cumsum(values[order])
+    left_out = (values[order] < CREDIBLE) & (lost <= LOSABLE * values.sum())
+    kept = np.ones(len(values), dtype=bool)
+    kept[order[left_out]] = False
+    return kept
 
 
 def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -> Credibility:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, set_seed
+from transformers import TrainingArguments, set_seed
 
-from tsqlora.adaptation import adapt_briefly, default_steps
+from tsqlora.adaptation import adapt_briefly
 from tsqlora.adapter import check_plan, export_adapter, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
@@ -32,7 +31,7 @@ from tsqlora.cost import counted, record_parameters
 from tsqlora.dynamic_rank import Reallocation
 from tsqlora.finished import FinishedRun, measure
 from tsqlora.inputs import Inputs
-from tsqlora.lora_layers import load_trainable_state, resolve_targets, trainable_state, wrap
+from tsqlora.lora_layers import load_trainable_state, trainable_state, wrap
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.model_card import model_card
 from tsqlora.preflight import check_run
@@ -40,15 +39,10 @@ from tsqlora.quality import QualityScores
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
-from tsqlora.selection import QualitySampler, draw_size
+from tsqlora.selection import QualitySampler
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
-from tsqlora.training import (
-    DEFAULTS,
-    PoolTrainer,
-    run_training,
-    training_arguments,
-    training_passes,
-)
+from tsqlora.training import PoolTrainer, run_training
+from tsqlora.two_parts import first_steps, last_arguments, uniform_config
 
 logger = logging.getLogger("tsqlora")
 
@@ -95,24 +89,16 @@ class Run:
     def warm_model(self) -> PeftModel:
         """Stage 0: the model under a uniform adapter, briefly adapted, or as it was saved then."""
         base = self.inputs.base_model()
-        model = wrap(base, self._uniform_config(base))
+        model = wrap(base, uniform_config(self.config, base))
         saved, inputs = self.folder.warmup / "state.safetensors", self.inputs.digest("adaptation")
         if self.folder.is_done("adaptation", inputs, [saved]):
             load_trainable_state(model, load_file(saved))
             return model
         check_run(self.config, model, self.inputs.splits)
-        steps = self._adapt_steps()
-        logger.info("0/4 Brief adaptation: %d steps of %d samples", steps, self.scorer.batch_size)
-        with counted(self.folder, "adaptation", steps * self.scorer.batch_size):
-            adapt_briefly(
-                model,
-                self.inputs.splits.train,
-                self.inputs.task.collate,
-                steps,
-                self.scorer.learning_rate,
-                self.scorer.batch_size,
-                self.config.seed,
-            )
+        first = first_steps(self.config, len(self.inputs.splits.train))
+        logger.info("0/4 Brief adaptation: %d steps of %d samples", first.steps, first.batch)
+        with counted(self.folder, "adaptation", first.steps * first.batch):
+            adapt_briefly(model, self.inputs.splits.train, self.inputs.task.collate, first)
         with atomic_folder(self.folder.warmup) as folder:
             save_file(trainable_state(model), folder / "state.safetensors")
         self.folder.mark_done("adaptation", inputs)
@@ -237,38 +223,20 @@ class Run:
         return FinishedRun(self.config, self.folder)
 
     @property
-    def arguments(self) -> Any:
+    def arguments(self) -> TrainingArguments:
         """The `TrainingArguments` of stage 4, made anew: they set accelerate's global state."""
-        return training_arguments(self.config.training, self.folder.training, self.config.seed)
+        return last_arguments(self.config, len(self.inputs.splits.train), self.folder.training)
 
     @cached_property
     def scorer(self) -> Scorer:
         """How samples are measured: in the batches and at the rate of the training."""
-        merged = {**DEFAULTS, **self.config.training}
+        first = first_steps(self.config, len(self.inputs.splits.train))
         return Scorer(
             self.inputs.task.collate,
             self.config.quality,
-            float(merged["learning_rate"]),
-            int(merged["per_device_train_batch_size"]),
+            first.learning_rate,
+            first.batch_size,
             self.config.seed,
-        )
-
-    def _adapt_steps(self) -> int:
-        if self.config.quality.adapt_steps is not None:
-            return self.config.quality.adapt_steps
-        drawn = draw_size(len(self.inputs.splits.train), self.config.quality.fraction)
-        return default_steps(
-            math.ceil(training_passes(self.arguments, drawn) / self.scorer.batch_size)
-        )
-
-    def _uniform_config(self, base: PreTrainedModel) -> LoraConfig:
-        adapter, rank = self.config.adapter, max(1, round(self.config.ranks.mean_rank or 8))
-        return LoraConfig(
-            r=rank,
-            lora_alpha=adapter.scale * rank,  # type: ignore[arg-type]
-            target_modules=resolve_targets(base, self.config.task, adapter.target_modules),
-            modules_to_save=list(adapter.modules_to_save) or None,
-            task_type=self.inputs.task.peft_task_type,
         )
 
     def _planned_model(self, plan: RankPlan) -> PeftModel:

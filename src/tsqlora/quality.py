@@ -6,7 +6,7 @@ factors, sketched to a few hundred numbers; θ the factors; η or ρ a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from sklearn.cluster import MiniBatchKMeans
 
 from tsqlora.config import QualityConfig
-from tsqlora.credibility import Credibility, from_null, from_reference, null_percentiles
+from tsqlora.credibility import (
+    Credibility,
+    drawable,
+    from_agreement,
+    from_null,
+    from_reference,
+    null_percentiles,
+)
 from tsqlora.errors import RunError
 
 Floats = NDArray[np.floating]
@@ -26,9 +33,6 @@ CLIP = 3.0
 """Robust z-scores beyond this count as this."""
 UNIFORM_SHARE = 0.1
 """Share of the draw that ignores the quality score (never the credibility)."""
-CREDIBLE = 0.7
-"""Samples less credible are not drawn (preset `default`): a wrong target costs more than a sound
-one brings (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Measurements:
         group: class label (N), or 0 for all.
         null_loss: losses of inputs with other samples' targets (M), M = 0 where there are none.
         null_group: the class those targets name (M).
+    confidence: log-odds of the model's first class against its second (N); empty if no classes.
+    agrees: whether the label is that first class (N); empty if no classes.
         classes: C for classification, else None.
     """
 
@@ -57,6 +63,8 @@ class Measurements:
     group: Ints
     null_loss: Floats
     null_group: Ints
+    confidence: Floats = field(default_factory=lambda: np.zeros(0))
+    agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     classes: int | None = None
 
 
@@ -172,7 +180,22 @@ def default_terms(pool: Measurements, convergence: Floats) -> list[Floats]:
 
 
 def credibility(pool: Measurements, reference: Measurements | None = None) -> Credibility:
-    """c_i by the permutation null, or by the reference where there is one (`credibility.py`)."""
+    """c_i by the permutation null, or by the reference where there is one (`credibility.py`).
+
+    Class labels are judged by the model's predictions too, and the two multiplied.
+    """
+    found = _by_loss(pool, reference)
+    if len(pool.agrees) == 0:
+        return found
+    values = found.values * from_agreement(pool.confidence, pool.agrees)
+    doubtful = int((~drawable(values)).sum())
+    if doubtful <= (~drawable(found.values)).sum():
+        return found
+    text = f"{found.verdict}; the model contradicts {doubtful} labels that it should know"
+    return replace(found, values=values, verdict=text)
+
+
+def _by_loss(pool: Measurements, reference: Measurements | None) -> Credibility:
     if len(pool.null_loss) == 0:
         return Credibility(
             np.ones(len(pool.ids)), float("nan"), "targets are not judged: no wrong ones to compare"
@@ -245,11 +268,11 @@ def softmax(scores: Floats) -> Floats:
 
 
 def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:
-    """p_i ∝ c_i·exp(Q_i/τ) over samples with c_i ≥ ½, mixed with c_i-weighted uniform; sums to 1.
+    """p_i ∝ c_i·exp(Q_i/τ) over `drawable` samples, mixed with c_i-weighted uniform; sums to 1.
 
     Where nothing is credible, everything is.
     """
-    weight = np.where(credible >= CREDIBLE, credible, 0.0)
+    weight = np.where(drawable(credible), credible, 0.0)
     if not weight.any():
         weight = np.ones(len(quality))
     sharp = weight * np.exp(quality / temperature - np.max(quality / temperature))

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsqlora.config import DataConfig, RunConfig
+from tsqlora.credibility import CREDIBLE
 from tsqlora.errors import DataError, TsqloraError
 from tsqlora.figures import Histogram, histogram
-from tsqlora.quality import CREDIBLE, QualityScores
+from tsqlora.quality import QualityScores
 from tsqlora.run_folder import RunFolder
 
 if TYPE_CHECKING:

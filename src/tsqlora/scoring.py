@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from tsqlora.adaptation import FEW, adapt_briefly
+from tsqlora.adaptation import FEW, Adaptation, adapt_briefly
 from tsqlora.batches import (
     Batch,
     Collator,
@@ -139,6 +139,8 @@ class _Sheet:
         self.sketches = np.zeros((samples, size), dtype=np.float32)
         self.length = np.ones(samples, dtype=np.int64)
         self.group = np.zeros(samples, dtype=np.int64)
+        classes = samples if kind == CLASSIFICATION else 0
+        self.confidence, self.agrees = np.zeros(classes), np.zeros(classes, dtype=bool)
         self.classes: int | None = None
         self.null_loss: list[np.ndarray] = []
         self.null_group: list[np.ndarray] = []
@@ -203,6 +205,9 @@ class _Sheet:
         if self.kind == CLASSIFICATION:
             self.group[positions] = _numpy(labels)
             self.classes = logits.shape[-1]
+            best = logits.float().topk(2)
+            self.confidence[positions] = _numpy(best.values[:, 0] - best.values[:, 1])
+            self.agrees[positions] = _numpy(best.indices[:, 0] == labels)
         if self.kind not in (CLASSIFICATION, REGRESSION):
             return
         partners = _others(_numpy(labels), self.random)
@@ -243,6 +248,8 @@ class _Sheet:
             group=self.group,
             null_loss=np.concatenate(self.null_loss or [np.zeros(0)]),
             null_group=np.concatenate(self.null_group or [np.zeros(0, dtype=np.int64)]),
+            confidence=self.confidence,
+            agrees=self.agrees,
             classes=self.classes,
         )
 
@@ -286,7 +293,8 @@ def score_samples(
             adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
             steps = scorer.quality.adapt_steps
             steps = FEW if steps is None else steps
-            adapt_briefly(adapted, dataset, collator, steps, learning_rate, batch_size, seed)
+            adaptation = Adaptation(steps, learning_rate, batch_size, seed)
+            adapt_briefly(adapted, dataset, collator, adaptation)
         return scorer.score(adapted, dataset, reference)
 
 

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "logging_steps": 10,
     "report_to": "none",
+    "disable_tqdm": False,  # which else hangs on the verbosity of transformers
 }
 COMPLETE = "complete"
 """Marker written last into a checkpoint: one without it was cut off while being written."""

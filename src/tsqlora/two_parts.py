@@ -1,0 +1,68 @@
+"""One training in two parts: first steps on the whole pool, the others on what is drawn by quality.
+
+The learning rate falls over both as over one training by the configuration; in between, samples and
+layers are measured.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedModel, TrainingArguments
+
+from tsqlora.adaptation import Adaptation, default_steps
+from tsqlora.config import RunConfig
+from tsqlora.lora_layers import PEFT_TASK_TYPES, resolve_targets
+from tsqlora.selection import draw_size
+from tsqlora.training import DEFAULTS, training_arguments, training_passes
+
+
+def first_steps(config: RunConfig, samples: int) -> Adaptation:
+    """The adaptation, for a pool of so many samples.
+
+    By default it has as many steps as what comes after, at most 500; the rate falls linearly to the
+    share of the steps that are left, unless the training's stays constant.
+    """
+    settings = {**DEFAULTS, **config.training}
+    with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
+        arguments = training_arguments(settings, Path(folder), config.seed)
+    drawn = draw_size(samples, config.quality.fraction)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    after = math.ceil(training_passes(arguments, drawn) / batch)
+    given = config.quality.adapt_steps
+    steps = default_steps(after) if given is None else given
+    constant = str(settings["lr_scheduler_type"]).startswith("constant")
+    return Adaptation(
+        steps,
+        float(settings["learning_rate"]),
+        int(settings["per_device_train_batch_size"]),
+        config.seed,
+        1.0 if constant else after / max(1, steps + after),
+        config.training,
+    )
+
+
+def last_arguments(config: RunConfig, samples: int, folder: Path) -> TrainingArguments:
+    """The second part's `TrainingArguments`: the rate goes on from where the first ended."""
+    first = first_steps(config, samples)
+    settings: dict[str, Any] = {
+        **config.training,
+        "learning_rate": first.ends_at * first.learning_rate,
+    }
+    return training_arguments(settings, folder, config.seed)
+
+
+def uniform_config(config: RunConfig, base: PreTrainedModel) -> LoraConfig:
+    """The first part's adapter: the mean rank in every module."""
+    adapter, rank = config.adapter, max(1, round(config.ranks.mean_rank or 8))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=adapter.scale * rank,  # type: ignore[arg-type]
+        target_modules=resolve_targets(base, config.task, adapter.target_modules),
+        modules_to_save=list(adapter.modules_to_save) or None,
+        task_type=PEFT_TASK_TYPES[config.task],
+    )
