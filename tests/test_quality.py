@@ -24,7 +24,7 @@ from tsqlora.quality import (
     tempered,
     without_trend,
 )
-from tsqlora.selection import QualitySampler, draw, select_samples
+from tsqlora.selection import LengthGrouped, QualitySampler, draw, select_samples
 
 
 def measured(samples: int = 200, seed: int = 0, classes: int | None = 3) -> Measurements:
@@ -197,6 +197,23 @@ def test_the_sampler_draws_afresh_each_epoch_and_the_same_again() -> None:
     sampler.set_epoch(0)
     assert list(sampler) == first != second
     assert len(first) == len(sampler) == 60
+
+
+def test_grouping_by_length_keeps_the_draw_and_saves_padding() -> None:
+    draws = QualitySampler(quality_scores(measured(), QualityConfig()), 0.5, seed=5)
+    lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
+    grouped = LengthGrouped(draws, lengths, 8)
+    assert sorted(grouped) == sorted(draws)
+    assert list(grouped) == list(grouped)
+
+    def padded(order: list[int]) -> int:
+        cuts = [[lengths[i] for i in order[k : k + 8]] for k in range(0, len(order), 8)]
+        return sum(len(cut) * max(cut) for cut in cuts)
+
+    assert padded(list(grouped)) < 0.8 * padded(list(draws))
+    before = sorted(grouped)
+    grouped.set_epoch(1)
+    assert sorted(grouped) != before
 
 
 def test_selected_rows_keep_their_order() -> None:

@@ -26,7 +26,7 @@ _KEPT = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "weight_decay"),
     *("gradient_accumulation_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("bf16", "fp16", "tf32", "use_cpu", "dataloader_num_workers", "disable_tqdm"),
-    *("label_smoothing_factor", "max_grad_norm"),
+    *("label_smoothing_factor", "max_grad_norm", "train_sampling_strategy"),
 )
 """Keys of the training that hold for the adaptation too."""
 

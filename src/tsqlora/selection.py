@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tsqlora.errors import DataError
 from tsqlora.quality import QualityScores
@@ -94,3 +96,27 @@ class QualitySampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self._size
+
+
+class LengthGrouped(Sampler[int]):
+    """The draws of a `QualitySampler`, put in an order in which batches hold like lengths.
+
+    `lengths` (N) are those of all samples; grouped as the Trainer's `group_by_length` does it.
+    """
+
+    def __init__(self, draws: QualitySampler, lengths: Sequence[int], batch_size: int) -> None:
+        self.draws, self.lengths, self.batch_size = draws, lengths, batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch's draw the next iteration gives."""
+        self.draws.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = list(self.draws)
+        generator = torch.Generator().manual_seed(self.draws.seed + self.draws.epoch)
+        lengths = [self.lengths[i] for i in drawn]
+        order = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
+        return iter([drawn[i] for i in order])
+
+    def __len__(self) -> int:
+        return len(self.draws)

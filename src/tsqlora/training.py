@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -25,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tsqlora.artefacts import os_errors
 from tsqlora.errors import ConfigError, TrainingError
-from tsqlora.selection import QualitySampler
+from tsqlora.selection import LengthGrouped, QualitySampler
 
 logger = logging.getLogger("tsqlora")
 
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": False,  # which else hangs on the verbosity of transformers
 }
+GROUPED = "group_by_length"
 COMPLETE = "complete"
 """Marker written last into a checkpoint: one without it was cut off while being written."""
 
@@ -56,8 +58,12 @@ class PoolTrainer(Trainer):
         """Sample passes that the whole training takes."""
         return training_passes(self.args, len(self.sampler))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> QualitySampler:
-        return self.sampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        if self.args.train_sampling_strategy != GROUPED:
+            return self.sampler
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGrouped(self.sampler, lengths, batch)
 
     def training_step(
         self, model: nn.Module, inputs: Any, *rest: Any, **named: Any
@@ -98,10 +104,10 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
-    if arguments.train_sampling_strategy != "random":
+    if arguments.train_sampling_strategy not in ("random", GROUPED):
         raise ConfigError(
-            "training.train_sampling_strategy: tsqlora draws the samples by their quality; leave "
-            "it out."
+            "training.train_sampling_strategy: tsqlora draws the samples by their quality; use "
+            f"{GROUPED} for fewer padded tokens, or leave it out."
         )
     if arguments.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise ConfigError(
