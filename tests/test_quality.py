@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora.config import QualityConfig, QualityWeights
-from tsqlora.credibility import from_null, from_reference, null_percentiles
+from tsqlora.credibility import (
+    drawable,
+    from_agreement,
+    from_null,
+    from_reference,
+    null_percentiles,
+)
 from tsqlora.errors import DataError, RunError
 from tsqlora.quality import (
     Measurements,
@@ -141,6 +147,48 @@ def test_a_model_that_knows_nothing_judges_nothing() -> None:
     unsure = from_null(random.beta(1.0, 1.6, 2000))  # hard but sound reach into the null's range
     assert not unsure.known
     assert "not judged" in unsure.verdict
+
+
+def test_where_sound_samples_cannot_be_recognised_nothing_is_judged() -> None:
+    random = np.random.default_rng(0)
+    wrong = random.random(2000) < 0.2
+    found = from_null(np.where(wrong, random.random(2000), random.beta(0.9, 1.05, 2000)))
+    assert not found.known
+    assert (found.values == 1).all()
+
+
+def predicted(
+    samples: int, share: float, skill: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(confidence, agrees, wrong): the model is right more often the surer it is."""
+    random = np.random.default_rng(seed)
+    confidence = random.gamma(2.0, skill, samples)
+    right = random.random(samples) < 1 / (1 + np.exp(-confidence))
+    wrong = random.random(samples) < share
+    return confidence, right & ~wrong, wrong
+
+
+def test_labels_that_a_sure_model_contradicts_are_doubted_and_few_others() -> None:
+    for share in (0.1, 0.2, 0.3):
+        confidence, agrees, wrong = predicted(5000, share, 2.5)
+        kept = drawable(from_agreement(confidence, agrees))
+        assert kept[~wrong].mean() > 0.93
+        assert kept[wrong].mean() < 0.3
+
+
+def test_on_clean_labels_or_with_a_model_that_knows_little_predictions_doubt_nothing() -> None:
+    for share, skill in ((0.0, 2.5), (0.2, 0.2), (0.45, 2.5)):
+        confidence, agrees, _ = predicted(5000, share, skill)
+        assert (from_agreement(confidence, agrees) == 1).all()
+    assert (from_agreement(np.ones(10), np.zeros(10, dtype=bool)) == 1).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60))
+def test_leaving_out_loses_at_most_a_twentieth_of_the_sound(values: list[float]) -> None:
+    credible = np.array(values)
+    kept = drawable(credible)
+    assert credible[~kept].sum() <= 0.05 * credible.sum() + 1e-12
+    assert kept[credible >= 0.7].all()
 
 
 def test_a_clean_reference_shows_what_hard_but_sound_samples_cost() -> None:
