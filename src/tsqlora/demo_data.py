@@ -23,6 +23,8 @@ import yaml
 
 Row = dict[str, str]
 
+CONFUSED = 0.25
+"""The share of the wrong labels that are systematic: the intent that the true one is taken for."""
 _WORDS = range(5, 46)  # the lengths, in words, that a message may have
 _ASIDES = 0.15  # the share of messages that mention another intent in passing
 _UNSEEN = 0.6  # the share of validation and test that says it in words that train never has
@@ -59,8 +61,8 @@ def make_demo_data(
 ) -> DemoData:
     """Write the data set of ``seed``, the same on every machine and version of Python.
 
-    Sizes are in rows. Half of the wrong labels are the intent that the true one is most easily
-    taken for, half are drawn uniformly from all others. The shares change nothing else: the texts
+    Sizes are in rows. Of the wrong labels `CONFUSED` are the intent that the true one is most easily
+    taken for, the others are drawn uniformly. The shares change nothing else: the texts
     of a seed are the same whatever share of the labels is wrong.
 
     Raises:
@@ -156,7 +158,7 @@ def _spoil_labels(rows: list[Row], share: float, rng: random.Random) -> frozense
     for turn, number in enumerate(wrong):
         true = rows[number]["intent"]
         others = [intent for intent in intents() if intent != true]
-        false = _partners()[true] if turn % 2 else rng.choice(others)
+        false = _partners()[true] if turn % round(1 / CONFUSED) == 1 else rng.choice(others)
         rows[number] = {**rows[number], "intent": false}
     return frozenset(wrong)
 
