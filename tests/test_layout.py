@@ -20,7 +20,7 @@ ORDER = [
     "errors", "schema", "config", "artefacts", "table_files", "data",
     "losses", "batches", "heads", "loading", "encoding", "labels",
     "base_task", "tasks", "generation", "metrics",
-    "hooks", "lora_layers", "adaptation", "per_sample_grads",
+    "hooks", "lora_layers", "factors", "experts", "adaptation", "per_sample_grads", "lookahead",
     "credibility", "quality", "selection", "mismatch", "scoring", "sensitivity",
     "allocation", "adapter", "dynamic_rank", "callback",
     "run_folder", "training", "cost", "inputs", "model_card", "finished", "baseline",

@@ -16,6 +16,7 @@ from tsqlora.batches import Batch, Collator, batches, forward_logits, forward_lo
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError
 from tsqlora.hooks import SharedInput
+from tsqlora.lookahead import one_step
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import (
     CLASSIFICATION,
@@ -31,7 +32,6 @@ from tsqlora.per_sample_grads import (
     Reducer,
     Sketch,
     SquaredNorms,
-    one_step,
     separable,
 )
 from tsqlora.quality import Measurements, QualityScores, quality_scores
@@ -183,7 +183,7 @@ class _Sheet:
         steps = torch.full_like(norms, self.scorer.learning_rate)
         if self.scorer.quality.preset != "paper":
             steps = DISPLACEMENT / norms.clamp(min=1e-12)
-        with torch.no_grad(), one_step(self.gradients, self.keep.gradients, steps):
+        with torch.no_grad(), one_step(self.gradients, self.keep, steps):
             return forward_losses(self.model, self.kind, batch)
 
     def _add_classes(self, positions: np.ndarray, logits: Tensor, labels: Tensor) -> None:
@@ -241,7 +241,7 @@ class _Sheet:
         self.norms.total = 0.0
         if self.sketch:
             self.sketch.total = 0.0
-        self.keep.gradients.clear()
+        self.keep.clear()
 
 
 def score_samples(
