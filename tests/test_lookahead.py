@@ -75,6 +75,34 @@ def test_estimates_are_the_taylor_series_of_the_step(name: str) -> None:
     assert torch.allclose(second, first - 0.5 * steps.square() * curvature, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "mixtral"])
+@pytest.mark.parametrize("depth", [0.2, 0.6])
+def test_with_a_depth_the_forward_begins_where_it_differs_and_is_the_same(
+    name: str, depth: float
+) -> None:
+    kind = KINDS[name]
+    experts = ["mlp.experts.down_proj"] if name == "mixtral" else None
+    model = with_lora(tiny_model(name, double=True), kind, target_parameters=experts)
+    batch = tiny_batch(kind)
+    keep, calls = Keep(), []
+    embedding = model.get_input_embeddings()
+    with PerSampleGradients(model, keep, depth=depth) as gradients:
+        gradients.backward(loss_of(model, kind, batch))
+    steps = torch.linspace(0.1, 1, len(batch["labels"])).double()
+    handle = embedding.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), one_step(gradients, keep, steps):
+        got = loss_of(model, kind, batch)
+    inner = [m for m in model.modules() if "forward" in vars(m)]
+    calls_of_replay, replay, gradients.replay = len(calls), gradients.replay, None
+    with torch.no_grad(), one_step(gradients, keep, steps):
+        whole = loss_of(model, kind, batch)
+    handle.remove()
+    assert replay is not None
+    assert not inner
+    assert calls_of_replay <= len(calls) - calls_of_replay
+    assert torch.equal(got, whole)
+
+
 def test_the_model_is_as_it_was_after_a_step() -> None:
     model = with_lora(tiny_model("bert", double=True), "classification")
     batch = tiny_batch("classification")

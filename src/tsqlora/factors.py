@@ -59,7 +59,9 @@ class LinearSite:
 
         def hook(_: nn.Module, entered: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = by_sample(entered[0], len(delta), lengths)
-            return output - torch.bmm(inputs, delta.to(inputs.dtype)).reshape(output.shape)
+            before = output.reshape(*inputs.shape[:2], output.shape[-1])
+            moved = torch.baddbmm(before, inputs, delta.to(inputs.dtype), alpha=-1)
+            return moved.reshape(output.shape)
 
         return hook
 

@@ -25,6 +25,7 @@ from tsqlora.errors import ModelError
 from tsqlora.experts import expert_factors
 from tsqlora.factors import Columns, Gradient, scored_layers, sites
 from tsqlora.hooks import SampleTaps, SharedInput, frozen
+from tsqlora.replay import Replay
 
 
 class Reducer(Protocol):
@@ -98,23 +99,30 @@ class Keep:
 class Sketch:
     """A random projection of the whole gradient to `size` numbers that keeps inner products.
 
-    Each factor's gradient G is projected as Lᵀ G R with random signs L (rows, a), R (columns, c),
-    a·c = size, scaled by 1/√size, and the factors are added up: E⟨sketch g, sketch h⟩ = ⟨g, h⟩
-    with standard error about ‖g‖‖h‖/√size (as in TRAK and LoGra, arXiv 2303.14186, 2405.13954).
-    The signs depend on `seed` and the factor's name only, never on the order of the modules.
+    Number k is the sum of all entries p of all factors with p mod size = k, under random signs, so
+    E⟨sketch g, sketch h⟩ = ⟨g, h⟩ with standard error about ‖g‖‖h‖/√size (a count sketch: Charikar
+    et al. 2002; on gradients as in TRAK, arXiv 2303.14186). One multiplication and one addition an
+    entry. `size` is best a prime: then entries of one column do not meet. The signs depend on
+    `seed` and the factor's name only, never on the order of the modules.
     """
 
-    def __init__(self, size: int = 512, seed: int = 0, rows: int = 8) -> None:
-        if size % rows:
-            raise ValueError(f"size {size} is not a multiple of rows {rows}")
-        self.size, self.seed, self.rows = size, seed, rows
+    def __init__(self, size: int = 509, seed: int = 0) -> None:
+        self.size, self.seed = size, seed
         self.total: Tensor | float = 0.0
-        self._signs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._signs: dict[str, Tensor] = {}
 
     def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Add one factor's projection."""
-        left, right = self._projections(factor, gradient, columns)
-        self.total = self.total + (left.T @ (gradient @ right)).flatten(1)
+        samples, rows, width = gradient.shape
+        signs = self._drawn(factor, rows, width if columns is None else columns.width, gradient)
+        if columns is None:
+            share = self._folded((gradient * signs).flatten(1))
+        else:
+            start = torch.arange(rows, device=gradient.device).unsqueeze(1) * columns.width
+            numbers = (start + columns.ids).flatten() % self.size
+            signed = (gradient * signs[:, columns.ids]).flatten(1)
+            share = gradient.new_zeros(samples, self.size).index_add_(1, numbers, signed)
+        self.total = self.total + share
 
     def take(self) -> Tensor:
         """The sketches (N, size) of the batch, and start afresh."""
@@ -122,22 +130,19 @@ class Sketch:
         assert isinstance(total, Tensor), "no gradient was sketched"
         return total
 
-    def _projections(
-        self, factor: str, gradient: Tensor, columns: Columns | None
-    ) -> tuple[Tensor, Tensor]:
+    def _folded(self, signed: Tensor) -> Tensor:
+        whole = signed.shape[1] // self.size * self.size
+        share = signed[:, :whole].unflatten(1, (-1, self.size)).sum(1)
+        share[:, : signed.shape[1] - whole] += signed[:, whole:]
+        return share
+
+    def _drawn(self, factor: str, rows: int, width: int, like: Tensor) -> Tensor:
         if factor not in self._signs:
-            width = gradient.shape[2] if columns is None else columns.width
             seed = zlib.crc32(f"{self.seed}/{factor}".encode())
             generator = torch.Generator().manual_seed(seed)
-            left = _signs(gradient.shape[1], self.rows, generator)
-            right = _signs(width, self.size // self.rows, generator) / self.size**0.5
-            self._signs[factor] = (left.to(gradient), right.to(gradient))
-        left, right = self._signs[factor]
-        return left, right if columns is None else right[columns.ids]
-
-
-def _signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (rows, columns), generator=generator).float() * 2 - 1
+            signs = torch.randint(0, 2, (rows, width), generator=generator) * 2 - 1
+            self._signs[factor] = signs.to(like)
+        return self._signs[factor]
 
 
 class PerSampleGradients:
@@ -168,6 +173,8 @@ class PerSampleGradients:
         self._samples = 0
         self._reached = False
         self._taps = SampleTaps({n: s.module for n, s in self.sites.items()}, self._consume)
+        watched = [s.module for s in self.sites.values()] + [e.block for e in self.experts]
+        self.replay = Replay(model, watched) if depth < 1 else None
         self._stack = ExitStack()
 
     @property
@@ -183,6 +190,8 @@ class PerSampleGradients:
     def __enter__(self) -> PerSampleGradients:
         self._stack.enter_context(frozen(self.model.parameters()))
         self._stack.enter_context(self._taps)
+        if self.replay:
+            self._stack.enter_context(self.replay.recording())
         if self.experts:
             handle = self.model.register_forward_pre_hook(self._count, with_kwargs=True)
             self._stack.callback(handle.remove)
