@@ -36,8 +36,8 @@ from tsqlora.losses import infer_kind
 from tsqlora.per_sample_grads import Keep, PerSampleGradients, Reducer, Sketch, SquaredNorms
 
 HERE = Path(__file__).resolve().parent
-DEPTH = 0.2
-"""The share of adapted layers that the economical mode goes back through."""
+DEPTH = 0.1
+"""The share of the adapted weights whose layers the economical mode goes back through: the last ones."""
 
 
 def plain(model: nn.Module, kind: str, batch: Batch) -> None:
@@ -195,14 +195,19 @@ def peak_memory(call: Callable[[], Any], model: nn.Module, device: str) -> int:
 Case = tuple[nn.Module, list[Batch]]
 
 
-def example(name: str, shared: Path, batch_size: int, batches: int) -> Case:
-    """The model of an example configuration and batches of its data."""
-    text = (HERE.parent / "examples" / f"{name}.yaml").read_text()
+def example_inputs(name: str, shared: Path, samples: int) -> Inputs:
+    """What an example configuration names, with its data below `shared`."""
+    text = (HERE.parent / "examples" / f"{name}.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text.replace("../shared", str(shared)))
-    config["data"]["max_train_samples"] = batch_size * batches
+    config["data"]["max_train_samples"] = samples
     if config["model"] == MINILM:
         config["model"] = str(minilm())
-    inputs = Inputs(RunConfig.from_dict(config))
+    return Inputs(RunConfig.from_dict(config))
+
+
+def example(name: str, shared: Path, batch_size: int, batches: int) -> Case:
+    """The model of an example configuration and batches of its data."""
+    inputs = example_inputs(name, shared, batch_size * batches)
     rows = [inputs.splits.train[i] for i in range(batch_size * batches)]
     rows.sort(key=lambda row: len(row["input_ids"]))
     chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

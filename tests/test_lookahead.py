@@ -63,16 +63,16 @@ def test_estimates_are_the_taylor_series_of_the_step(name: str) -> None:
     model = with_lora(tiny_model(name, double=True), kind)
     batch = tiny_batch(kind)
     gradients, keep, losses, squared = measured(model, kind, batch)
-    steps = 0.5 / squared.sqrt()
+    steps = 1e-3 / squared.sqrt()
 
     def forward() -> Tensor:
         return loss_of(model, kind, batch)
 
     first = first_order(squared, steps)
     second = second_order(gradients, keep, losses, squared, steps, forward, nudge=1e-5)
-    assert torch.allclose(first, 0.5 * squared.sqrt())
-    curvature = looped_curvature(model, kind, batch)
-    assert torch.allclose(second, first - 0.5 * steps.square() * curvature, atol=1e-3)
+    assert torch.allclose(first, 1e-3 * squared.sqrt())
+    bend = 0.5 * steps.square() * looped_curvature(model, kind, batch)
+    assert torch.allclose(first - second, bend, rtol=0.02, atol=float(bend.abs().max()) / 100)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mixtral"])

@@ -159,6 +159,22 @@ def scored_layers(model: nn.Module) -> list[LoraModule]:
     return layers
 
 
+def last_layers(layers: Sequence[LoraModule], depth: float) -> list[LoraModule]:
+    """The last of `layers` that hold a share `depth` of their weights, or less; at least one."""
+    sizes = [_multiplications(lora) for lora in layers]
+    kept, total = 0, sum(sizes)
+    while kept < len(layers) and sum(sizes[-kept - 1 :]) <= depth * total:
+        kept += 1
+    return list(layers[-max(1, kept) :])
+
+
+def _multiplications(lora: LoraModule) -> int:
+    if type(lora.layer).__name__ == "Embedding":
+        return 0
+    experts = getattr(lora.layer, "num_experts", 1)
+    return int(lora.layer.in_features * lora.layer.out_features * experts)
+
+
 def sites(layers: Sequence[LoraModule]) -> list[Site]:
     """What to tap of linear and embedding layers, in the model's order."""
     found: list[Site] = []

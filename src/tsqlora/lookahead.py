@@ -2,6 +2,8 @@
 
 Exact: one further forward of the batch under `one_step`. Estimates, from the Taylor series along
 the step: Δℓ_i ≈ η_i‖g_i‖² (`first_order`, free), less ½η_i² g_iᵀH_i g_i (`second_order`).
+With η of a learning rate's size they rank as the exact one does; at a step of half a unit they do
+not (`docs/choices.md`), so scores take the exact one.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ def second_order(
     forward: Callable[[], Tensor],
     nudge: float = NUDGE,
 ) -> Tensor:
-    """η_i‖g_i‖² − ½η_i² g_iᵀH_i g_i (N): the parabola through ℓ_i, its slope, and a nudged loss.
+    """a − b (N), a = η_i‖g_i‖², b = ½η_i² g_iᵀH_i g_i; where b > 0 as a²/(a + b).
+
+    The two agree to second order (the second is the Padé approximant), but a loss that flattens out
+    does not turn round as a parabola does.
 
     `forward` gives the batch's losses under the model as it then is. The curvature is
     2(ℓ_i(θ − εg_i) − ℓ_i + ε‖g_i‖²)/ε² with ε‖g_i‖ = `nudge`. It costs one forward whatever η is,
@@ -68,4 +73,5 @@ def second_order(
     with torch.no_grad(), one_step(gradients, kept, small):
         nudged = forward()
     half_curvature = (nudged - losses + small * squared_norms) / small.square()
-    return steps * squared_norms - steps.square() * half_curvature
+    slope, bend = steps * squared_norms, steps.square() * half_curvature
+    return torch.where(bend > 0, slope.square() / (slope + bend), slope - bend)

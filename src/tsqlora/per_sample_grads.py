@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tsqlora.batches import Batch, forward_losses, singly
 from tsqlora.errors import ModelError
 from tsqlora.experts import expert_factors
-from tsqlora.factors import Columns, Gradient, scored_layers, sites
+from tsqlora.factors import Columns, Gradient, last_layers, scored_layers, sites
 from tsqlora.hooks import SampleTaps, SharedInput, frozen
 from tsqlora.replay import Replay
 
@@ -156,16 +156,15 @@ class PerSampleGradients:
             gradients.backward(losses)
 
     Inside, no parameter requires a gradient, so every `.grad` stays as it was, and the backward
-    ends at the lowest layer watched: with `depth` below 1, only that share of the adapted layers,
-    the last ones, is watched, and g is the gradient of their factors alone.
+    ends at the lowest layer watched: with `depth` below 1, only the last adapted layers that hold
+    that share of the adapted weights are watched, and g is the gradient of their factors alone.
 
     Attributes:
         lengths: the T of the inputs in the last batch that went backward.
     """
 
     def __init__(self, model: nn.Module, *reducers: Reducer, depth: float = 1.0) -> None:
-        layers = scored_layers(model)
-        layers = layers[-max(1, round(depth * len(layers))) :]
+        layers = last_layers(scored_layers(model), depth)
         self.model, self.reducers = model, reducers
         self.sites = {site.name: site for site in sites(layers)}
         self.experts = expert_factors(layers)
