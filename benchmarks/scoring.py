@@ -17,15 +17,19 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as tf
 import yaml
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
 
 from tsqlora.batches import Batch, forward_losses, singly
 from tsqlora.config import RunConfig
@@ -37,7 +41,7 @@ from tsqlora.per_sample_grads import Keep, PerSampleGradients, Reducer, Sketch, 
 
 HERE = Path(__file__).resolve().parent
 DEPTH = 0.1
-"""The share of the adapted weights whose layers the economical mode goes back through: the last ones."""
+"""How deep the economical mode goes: the last layers, with this share of the adapted weights."""
 
 
 def plain(model: nn.Module, kind: str, batch: Batch) -> None:
@@ -102,12 +106,11 @@ def vmap(model: nn.Module, kind: str, batch: Batch) -> Tensor:
         named = {f"model.{name}": weight for name, weight in weights.items()}
         return torch.func.functional_call(module, named, (sample,))
 
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the masks of the others read values of a batch
-    try:
+    with ExitStack() as stack:  # transformers looks into a mask's values, which vmap cannot
+        for name in ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa"):
+            stack.enter_context(patch.object(masking_utils, name, lambda *_, **__: False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # vmap has no rule for the fused one
         gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, batch)
-    finally:
-        model.set_attn_implementation(before)
     return sum((g.flatten(1).square().sum(1) for g in gradients.values()), start=torch.zeros(()))
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from reference import looped_curvature, looped_lookahead, loss_of
-from tiny import KINDS, tiny_batch, tiny_model, with_lora
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.lookahead import first_order, one_step, second_order
 from tsqlora.per_sample_grads import Keep, PerSampleGradients, SquaredNorms
+from tsqlora.scoring import Scorer
 
 NAMES = ["bert", "albert", "bart", "t5", "gpt2", "llama", "qwen2-moe"]
 
@@ -110,3 +113,14 @@ def test_the_model_is_as_it_was_after_a_step() -> None:
     with torch.no_grad(), one_step(gradients, keep, 1 / squared.sqrt()):
         loss_of(model, "classification", batch)
     assert torch.equal(loss_of(model, "classification", batch), losses)
+
+
+def test_the_economical_mode_scores_every_sample_for_fewer_passes() -> None:
+    model = with_lora(tiny_model("bert"), "classification")
+    rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=24)))
+    full, economical = Scorer(collate, batch_size=4), Scorer(collate, batch_size=4, depth=0.3)
+    assert economical.passes("classification", 24) < 0.7 * full.passes("classification", 24)
+    scores, all_layers = economical.score(model, rows), full.score(model, rows)
+    assert np.array_equal(scores.loss, all_layers.loss)
+    assert (scores.gradient_norm < all_layers.gradient_norm).all()
+    assert np.isfinite(scores.quality).all()
