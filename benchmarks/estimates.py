@@ -28,7 +28,7 @@ from tsqlora.losses import infer_kind
 from tsqlora.per_sample_grads import Dots, Keep, PerSampleGradients, Sketch, SquaredNorms
 from tsqlora.scoring import Scorer
 
-STEPS, SAMPLES, DISPLACEMENTS = 60, 320, (0.01, 0.1, 0.5, 2.0)
+STEPS, DISPLACEMENTS = 60, (0.01, 0.1, 0.5, 2.0)
 RATES = {"sst2": 1e-3, "g2p": 4e-3, "e2e": 5e-3}
 
 
@@ -110,12 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["sst2", "g2p", "e2e"])
     parser.add_argument("--shared", type=Path, default=HERE.parents[1] / "shared")
+    parser.add_argument("--samples", type=int, default=320)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "estimates.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
     tf.utils.logging.set_verbosity_error()
-    report: dict[str, Any] = {"adapted_steps": STEPS, "samples": SAMPLES, "tasks": {}}
+    report: dict[str, Any] = {"adapted_steps": STEPS, "samples": options.samples, "tasks": {}}
     for name in options.tasks:
         inputs = example_inputs(name, options.shared, 2000)
         rows, collate = inputs.splits.train, inputs.task.collate
@@ -123,7 +124,9 @@ def main() -> None:
         with temporary_adapter(model, infer_kind(model)) as adapted:
             adapt_briefly(adapted, rows, collate, STEPS, RATES[name], 32, 0)
             adapted.eval()
-            pool, trusted = rows.select(range(SAMPLES)), rows.select(range(SAMPLES, 2 * SAMPLES))
+            pool, trusted = (
+                rows.select(range(start, start + options.samples)) for start in (0, options.samples)
+            )
             found = {
                 "lookahead": lookaheads(adapted, pool, collate),
                 "depth": depths(adapted, pool, collate),
@@ -131,8 +134,8 @@ def main() -> None:
             }
         print(name, json.dumps(found, indent=1))
         report["tasks"][name] = found
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

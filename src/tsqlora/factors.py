@@ -49,7 +49,7 @@ class LinearSite:
 
     def gradients(self, inputs: Tensor, gradients: Tensor) -> Iterator[Gradient]:
         """One gradient."""
-        yield self.name, torch.bmm(gradients.transpose(1, 2), inputs), None
+        yield self.name, _outer(gradients, inputs), None
 
     def moved(self, deltas: Mapping[str, Gradient], lengths: set[int]) -> Hook | None:
         """X_i (W − delta_i)ᵀ."""
@@ -95,7 +95,7 @@ class EmbeddingSite:
         a, b = self.weights.values()
         scaled = gradients * self._scale()
         looked_up = F.embedding(ids, a.detach().T).to(scaled.dtype)
-        yield f"{self.name}.B", torch.bmm(scaled.transpose(1, 2), looked_up), None
+        yield f"{self.name}.B", _outer(scaled, looked_up), None
         inner = scaled @ b.detach().to(scaled.dtype)
         padding = getattr(self.lora.base, "padding_idx", None)
         if padding is not None:  # PEFT looks A up with it, and that passes no gradient
@@ -127,6 +127,13 @@ class EmbeddingSite:
     def _scale(self) -> float | Tensor:
         own = self.lora.layer._get_embed_scale()  # of embeddings that multiply what they look up
         return self.lora.scale if own is None else self.lora.scale * own
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right (N, out, in), the narrow one first: BLAS is several times faster that way."""
+    if left.shape[-1] <= right.shape[-1]:
+        return torch.bmm(left.transpose(1, 2), right)
+    return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).contiguous()
 
 
 Site = LinearSite | EmbeddingSite
