@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tsqlora.lora_layers import LoraModule, base_weight, lora_modules
 from tsqlora.losses import sample_losses
-from tsqlora.per_sample_grads import factors
+from tsqlora.per_sample_grads import PerSampleGradients
 
 Batch = Mapping[str, Tensor]
 
@@ -28,15 +28,15 @@ def loss_of(model: nn.Module, kind: str, batch: Batch) -> Tensor:
 
 def looped_gradients(model: nn.Module, kind: str, batch: Batch) -> list[dict[str, Tensor]]:
     """Every sample's factor gradients by a forward and backward of its own."""
-    linears = factors(lora_modules(model))
+    weights = PerSampleGradients(model).weights
     result = []
     for sample in one_by_one(batch):
         loss = loss_of(model, kind, sample).sum()
-        found = torch.autograd.grad(loss, [m.weight for m in linears.values()], allow_unused=True)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         result.append(
             {
-                name: torch.zeros_like(linear.weight) if g is None else g
-                for (name, linear), g in zip(linears.items(), found, strict=True)
+                name: torch.zeros_like(weight) if g is None else g
+                for (name, weight), g in zip(weights.items(), found, strict=True)
             }
         )
     return result
@@ -44,18 +44,31 @@ def looped_gradients(model: nn.Module, kind: str, batch: Batch) -> list[dict[str
 
 def looped_lookahead(model: nn.Module, kind: str, batch: Batch, steps: Tensor) -> Tensor:
     """The loss of every sample after a real step on it alone, taken and taken back."""
-    linears = factors(lora_modules(model))
+    weights = PerSampleGradients(model).weights
     gradients = looped_gradients(model, kind, batch)
     losses = []
     for sample, own, step in zip(one_by_one(batch), gradients, steps, strict=True):
-        before = {name: m.weight.detach().clone() for name, m in linears.items()}
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
         with torch.no_grad():
-            for name, linear in linears.items():
-                linear.weight.sub_(step * own[name])
+            for name, weight in weights.items():
+                weight.sub_(step * own[name])
             losses.append(loss_of(model, kind, sample).sum())
-            for name, linear in linears.items():
-                linear.weight.copy_(before[name])
+            for name, weight in weights.items():
+                weight.copy_(before[name])
     return torch.stack(losses)
+
+
+def looped_curvature(model: nn.Module, kind: str, batch: Batch) -> Tensor:
+    """g_iᵀ H_i g_i of every sample, by a second backward."""
+    weights = list(PerSampleGradients(model).weights.values())
+    found = []
+    for sample in one_by_one(batch):
+        loss = loss_of(model, kind, sample).sum()
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        slope = sum((g * g.detach()).sum() for g in first)
+        second = torch.autograd.grad(slope, weights)
+        found.append(sum((h * g.detach()).sum() for h, g in zip(second, first, strict=True)))
+    return torch.stack(found)
 
 
 def looped_sensitivity(

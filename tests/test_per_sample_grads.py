@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from reference import looped_gradients, looped_lookahead, loss_of
+from reference import looped_gradients, loss_of
 from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
 from tsqlora.hooks import SharedInput
 from tsqlora.lora_layers import lora_parameters
@@ -19,7 +23,6 @@ from tsqlora.per_sample_grads import (
     PerSampleGradients,
     Sketch,
     SquaredNorms,
-    one_step,
     separable,
 )
 
@@ -84,45 +87,89 @@ def test_samples_are_told_apart_where_each_alone_has_the_same_gradient(
     assert separable(model, kind, batch) == (name not in MIXES_SAMPLES)
 
 
-@settings(max_examples=15)
+@settings(max_examples=30)
 @given(
-    name=st.sampled_from(["bert", "bart", "gpt2", "llama", "albert"]),
+    name=st.sampled_from(["bert", "bart", "t5", "gpt2", "llama", "albert"]),
     samples=st.integers(1, 6),
     longest=st.integers(4, 12),
     left=st.booleans(),
     seed=st.integers(0, 10**6),
+    checkpointing=st.sampled_from([None, "reentrant", "not reentrant"]),
 )
 def test_norms_dots_and_sketches_reduce_the_looped_gradients(
-    name: str, samples: int, longest: int, left: bool, seed: int
+    name: str, samples: int, longest: int, left: bool, seed: int, checkpointing: str | None
 ) -> None:
     kind = KINDS[name]
     model = with_lora(tiny_model(name, seed, double=True), kind)
     batch = tiny_batch(kind, samples, seed, longest, left=left and kind == "causal-lm")
     loops = looped_gradients(model, kind, batch)
-    norms, dots, sketch, alone = SquaredNorms(), Dots(loops[0]), Sketch(64), Sketch(64)
+    other = looped_gradients(model, kind, tiny_batch(kind, 1, seed + 1))[0]
+    if checkpointing is not None and name != "albert":  # it has no checkpointing
+        checkpointed(model, checkpointing == "reentrant")
+    norms, dots, sketch, alone = SquaredNorms(), Dots(other), Sketch(64), Sketch(64)
     engine(model, kind, batch, norms, dots, sketch)
-    for factor in loops[0]:
+    for factor in other:
         alone.add(factor, torch.stack([g[factor] for g in loops]))
-    expected_norms = torch.stack([sum(g.square().sum() for g in loop.values()) for loop in loops])
-    expected_dots = torch.stack(
-        [sum((g * loops[0][f]).sum() for f, g in loop.items()) for loop in loops]
-    )
-    assert torch.allclose(norms.total, expected_norms, rtol=1e-9)
-    assert torch.allclose(dots.total, expected_dots, rtol=1e-7, atol=1e-9)
-    assert torch.allclose(sketch.take(), alone.take(), rtol=1e-7, atol=1e-9)
+    true = torch.stack([flat(g) for g in loops])
+    close(norms.total, true.square().sum(1))
+    close(dots.total, true @ flat(other))
+    close(sketch.take(), alone.take())
 
 
-@pytest.mark.parametrize("name", ["bert", "albert", "bart", "t5", "gpt2", "llama", "qwen2-moe"])
-def test_lookahead_of_a_batch_equals_steps_really_taken_one_by_one(name: str) -> None:
-    kind = KINDS[name]
-    model = with_lora(tiny_model(name, double=True), kind)
-    batch = tiny_batch(kind, samples=3)
-    keep, norms = Keep(), SquaredNorms()
-    gradients, _ = engine(model, kind, batch, keep, norms)
-    steps = 0.5 / norms.total.sqrt()
-    with torch.no_grad(), one_step(gradients, keep.gradients, steps):
-        got = loss_of(model, kind, batch)
-    assert torch.allclose(got, looped_lookahead(model, kind, batch, steps), rtol=1e-9)
+class Bag(torch.nn.Module):
+    """Words to their mean to two layers: unlike transformers' models it takes an empty batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(20, 6, padding_idx=0)
+        self.up, self.down = torch.nn.Linear(6, 5), Conv1D(3, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.words(ids)))).sum(1)
+
+
+@settings(max_examples=20)
+@given(samples=st.integers(0, 4), longest=st.integers(0, 5), seed=st.integers(0, 10**6))
+def test_batches_of_none_and_samples_without_tokens(samples: int, longest: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["words", "up", "down"], init_lora_weights=False)
+    model = get_peft_model(Bag(), config).double()
+    ids = torch.randint(0, 20, (samples, longest))
+    norms, sketch, keep = SquaredNorms(), Sketch(16), Keep()
+    with PerSampleGradients(model, norms, sketch, keep) as gradients:
+        gradients.backward(model(ids).square().sum(1))
+    weights = gradients.weights
+    loops = [
+        torch.autograd.grad(model(i[None]).square().sum(), list(weights.values())) for i in ids
+    ]
+    flats = [torch.cat([g.flatten() for g in loop]) for loop in loops]
+    true = torch.stack([*flats, torch.zeros(sum(w.numel() for w in weights.values())).double()])
+    whole = [keep.whole(name, weight).flatten(1) for name, weight in weights.items()]
+    close(torch.cat(whole, 1), true[:-1])
+    close(norms.total, true[:-1].square().sum(1))
+    assert sketch.take().shape == (samples, 16)
+
+
+def flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def close(got: Tensor, true: Tensor) -> None:
+    assert got.shape == true.shape
+    assert (got - true).norm() <= RELATIVE * true.norm()
+
+
+def checkpointed(model: Any, reentrant: bool) -> None:
+    """Gradient checkpointing on, dropout off."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def test_float32_agrees_to_1e5() -> None:
@@ -135,19 +182,6 @@ def test_float32_agrees_to_1e5() -> None:
     assert torch.allclose(norms.total, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    model = with_lora(tiny_model("llama", double=True), "causal-lm")
-    batch = tiny_batch("causal-lm")
-    plain, checkpointed = SquaredNorms(), SquaredNorms()
-    engine(model, "causal-lm", batch, plain)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.train()
-    engine(model, "causal-lm", batch, checkpointed)
-    assert torch.allclose(plain.total, checkpointed.total, rtol=1e-9)
-
-
 def test_gradients_held_by_parameters_stay_as_they_were() -> None:
     model = with_lora(tiny_model("bert"), "classification")
     parameters = lora_parameters(model)
@@ -155,6 +189,23 @@ def test_gradients_held_by_parameters_stay_as_they_were() -> None:
     engine(model, "classification", tiny_batch("classification"), SquaredNorms())
     assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
     assert all(p.grad is None for p in parameters[1:])
+    assert all(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "llama"])
+def test_with_a_depth_the_last_layers_gradients_are_the_same(name: str) -> None:
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name, double=True), kind)
+    batch = tiny_batch(kind)
+    whole, last = Keep(), Keep()
+    engine(model, kind, batch, whole)
+    with PerSampleGradients(model, last, depth=0.3) as gradients:
+        gradients.backward(loss_of(model, kind, batch))
+    names = list(whole.gradients)
+    assert 0 < len(last.gradients) < len(names) / 2
+    assert set(last.gradients) == set(gradients.weights)
+    for factor, gradient in last.gradients.items():
+        assert torch.equal(gradient, whole.gradients[factor])
 
 
 def test_sketches_keep_inner_products_in_expectation() -> None:

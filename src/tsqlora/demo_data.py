@@ -61,7 +61,7 @@ def make_demo_data(
 ) -> DemoData:
     """Write the data set of ``seed``, the same on every machine and version of Python.
 
-    Sizes are in rows. Of the wrong labels `CONFUSED` are the intent that the true one is most easily
+    Sizes are in rows. Of the wrong labels `CONFUSED` are the intent that the true one is mostly
     taken for, the others are drawn uniformly. The shares change nothing else: the texts
     of a seed are the same whatever share of the labels is wrong.
 

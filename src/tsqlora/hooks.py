@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from tsqlora.errors import ModelError
 
 Consume = Callable[[str, Tensor, Tensor], None]
-"""Receives a module's name, its inputs X (N, T, in) and gradients D (N, T, out) at its output."""
+"""Receives a module's name, its inputs X (N, T, in) and gradients D (N, T, out) at its output.
+
+Where a module takes token ids, X is (N, T, 1) and holds integers.
+"""
 
 
 class SharedInput(ModelError):
@@ -25,21 +30,42 @@ class _Tap(torch.autograd.Function):
 
     The input is kept by `save_for_backward`, so gradient checkpointing and saved-tensor hooks
     treat it like any other activation: no memory beyond what autograd keeps for the module itself.
+    The anchor requires a gradient, so the backward reaches the tap though no parameter asks for it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, entered: Tensor, sink: Callable[[Tensor, Tensor], None]
+        ctx: Any,
+        output: Tensor,
+        anchor: Tensor,
+        entered: Tensor,
+        sink: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
         ctx.save_for_backward(entered)
         ctx.sink = sink
         return output.detach()  # no view, which a model could not change in place
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (entered,) = ctx.saved_tensors
         ctx.sink(entered, gradient)
-        return gradient, None, None
+        return gradient, None, None, None
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, autograd forms no gradient of `parameters`: taps alone say how far a backward goes.
+
+    Forming DᵀX by sample then replaces autograd's own sum over samples instead of adding to it.
+    """
+    held = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 def by_sample(tensor: Tensor, samples: int, lengths: set[int]) -> Tensor:
@@ -52,8 +78,10 @@ def by_sample(tensor: Tensor, samples: int, lengths: set[int]) -> Tensor:
         SharedInput: the leading dimension is neither N nor N·T.
     """
     width, leading = tensor.shape[-1], tensor.shape[0] if tensor.dim() > 1 else 1
-    if samples == 1 or (leading == samples and tensor.dim() > 1):
-        return tensor.reshape(samples, -1, width)
+    if samples == 1:
+        return tensor.reshape(1, -1, width)
+    if leading == samples and tensor.dim() > 1:
+        return tensor.reshape(samples, math.prod(tensor.shape[1:-1]), width)
     if tensor.dim() == 2 and any(leading == samples * length for length in lengths):
         return tensor.reshape(samples, leading // samples, width)
     raise SharedInput(
@@ -78,7 +106,8 @@ class SampleTaps:
         self.lengths: set[int] = set()
         self._calls: Counter[str] = Counter()
         self._pending: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self._samples = 0
+        self._samples: int | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> SampleTaps:
@@ -91,47 +120,54 @@ class SampleTaps:
             handle.remove()
         self._handles.clear()
 
-    def backward(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
-        """Backward of Σ ℓ_i for `losses` (N); the `.grad` of `parameters` stay as they were.
+    def backward(self, losses: Tensor) -> None:
+        """Backward of Σ ℓ_i for `losses` (N).
 
         Raises:
             SharedInput: a layer mixes samples; take such a model one sample at a time.
         """
-        kept = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        self._samples = len(losses)
         try:
-            losses.sum().backward()
-            for name in list(self._pending):
-                self._complete(name)
+            self.expect(len(losses))
+            with torch.autocast(losses.device.type, enabled=False):
+                losses.sum().backward()
+            self.finish()
         finally:
-            for parameter, gradient in zip(parameters, kept, strict=True):
-                parameter.grad = gradient
             self.forget()
+
+    def expect(self, samples: int) -> None:
+        """Whatever backward comes next is that of so many samples."""
+        self._samples = samples
+
+    def finish(self) -> None:
+        """After the backward: consume modules of which some call had no part in the loss."""
+        for name in list(self._pending):
+            self._complete(name)
 
     def forget(self) -> None:
         """Drop what a forward left, so that the next one starts clean."""
         self._calls.clear()
         self._pending.clear()
         self.lengths.clear()
-        self._samples = 0
+        self._samples = None
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def sink(entered: Tensor, gradient: Tensor) -> None:
+            assert self._samples is not None
             inputs = by_sample(entered, self._samples, self.lengths)
             self._pending[name].append((inputs, by_sample(gradient, self._samples, self.lengths)))
             if self._calls[name] == len(self._pending[name]):
                 self._complete(name)
 
         def hook(_: nn.Module, entered: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not self._samples:  # a forward of its own, not checkpointing's second one
+            given = entered[0].detach()
+            given = given if given.is_floating_point() else given.unsqueeze(-1)
+            if self._samples is None:  # a forward of its own, not checkpointing's second one
                 self._calls[name] += 1
-                if entered[0].dim() == 3:
-                    self.lengths.add(entered[0].shape[1])
-            if not (torch.is_grad_enabled() and output.requires_grad):
+                if given.dim() == 3:
+                    self.lengths.add(given.shape[1])
+            if not torch.is_grad_enabled():
                 return output
-            tapped = _Tap.apply(output, entered[0].detach(), sink)
+            tapped = _Tap.apply(output, self._anchor, given, sink)
             assert isinstance(tapped, Tensor)
             return tapped
 
@@ -141,4 +177,6 @@ class SampleTaps:
         calls = self._pending.pop(name)
         inputs = calls[0][0] if len(calls) == 1 else torch.cat([x for x, _ in calls], 1)
         gradients = calls[0][1] if len(calls) == 1 else torch.cat([d for _, d in calls], 1)
-        self.consume(name, inputs.to(gradients.dtype), gradients)
+        if inputs.is_floating_point():
+            inputs = inputs.to(gradients.dtype)
+        self.consume(name, inputs, gradients)

@@ -78,11 +78,20 @@ class LoraModule:
 
 
 def lora_modules(model: nn.Module) -> list[LoraModule]:
-    """Every module that the active LoRA adapter of `model` adapts, in the model's order.
+    """Every linear module that the active LoRA adapter of `model` adapts, in the model's order.
 
     Raises:
-        ModelError: no LoRA adapter, several active, or a kind of layer whose gradient is not
-            covered (DoRA and other variants, embeddings, expert parameters).
+        ModelError: no LoRA adapter, several active, or a layer without a rank of its own to plan
+            and move (embeddings, expert parameters, DoRA and other variants).
+    """
+    return adapted_layers(model, ("Linear",), "its rank cannot be planned or moved")
+
+
+def adapted_layers(model: nn.Module, kinds: Sequence[str], because: str) -> list[LoraModule]:
+    """Every layer that the active LoRA adapter adapts, all of these `kinds` (class names begin so).
+
+    Raises:
+        ModelError: no LoRA adapter, several active, or a layer of another kind, `because`.
     """
     found, problems = [], []
     for name, layer in model.named_modules():
@@ -92,7 +101,7 @@ def lora_modules(model: nn.Module) -> list[LoraModule]:
         if len(active) > 1:
             problems.append(f"{name}: {len(active)} adapters are active at once; activate one")
         elif active:
-            problems += _unsupported(name, layer, active[0])
+            problems += _unsupported(name, layer, active[0], kinds, because)
             found.append(LoraModule(_base_name(name), layer, active[0]))
     if problems:
         raise ModelError.of(problems)
@@ -104,13 +113,17 @@ def lora_modules(model: nn.Module) -> list[LoraModule]:
     return found
 
 
-def _unsupported(name: str, layer: LoraLayer, adapter: str) -> list[str]:
+def _unsupported(
+    name: str, layer: LoraLayer, adapter: str, kinds: Sequence[str], because: str
+) -> list[str]:
+    kind = type(layer).__name__
     if layer.lora_variant.get(adapter) is not None:
         variant = type(layer.lora_variant[adapter]).__name__
         return [f"{name}: {variant} (such as use_dora) is not supported; use plain LoRA or rsLoRA"]
-    if not isinstance(layer, LoraLinear) and not type(layer).__name__.startswith("Linear"):
-        return [f"{name}: {type(layer).__name__} is not supported; leave it out of target_modules"]
-    return []
+    if isinstance(layer, LoraLinear) or kind.startswith(tuple(kinds)):
+        return []
+    setting = "target_parameters" if kind == "ParamWrapper" else "target_modules"
+    return [f"{name}: {kind} is not supported, {because}; leave it out of {setting}"]
 
 
 def _base_name(name: str) -> str:

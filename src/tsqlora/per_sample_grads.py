@@ -6,30 +6,36 @@ input is X_i Aᵀ and D_i carries the scale s; for A the output gradient is s·D
 ∇_B ℓ_i = s·D_iᵀ(X_i Aᵀ) and ∇_A ℓ_i = s·(D_i B)ᵀX_i. Both are small; they are formed in the
 backward hook, handed to the reducers and dropped.
 
-Exact when the loss is the sum over samples, no layer mixes samples and dropout is off.
+Exact when the loss is the sum over samples, no layer mixes samples and dropout is off. g is the
+gradient of A and B alone: heads and other `modules_to_save`, and LoRA's biases, have no part in it.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tsqlora.batches import Batch, forward_losses, singly
 from tsqlora.errors import ModelError
-from tsqlora.hooks import SampleTaps, SharedInput, by_sample
-from tsqlora.lora_layers import LoraModule, lora_modules
+from tsqlora.experts import expert_factors
+from tsqlora.factors import Columns, Gradient, last_layers, scored_layers, sites
+from tsqlora.hooks import SampleTaps, SharedInput, frozen
+from tsqlora.replay import Replay
 
 
 class Reducer(Protocol):
     """Takes the gradients of one factor of every sample and keeps what it needs of them."""
 
-    def add(self, factor: str, gradient: Tensor) -> None:
-        """`gradient` (N, rows, columns) of the factor named "module.A" or "module.B"."""
+    def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
+        """`gradient` (N, rows, columns) of the factor named "module.A" or "module.B".
+
+        Where `columns` are given, it holds only those of the factor's gradient, the rest are 0.
+        """
 
 
 class SquaredNorms:
@@ -38,9 +44,9 @@ class SquaredNorms:
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
 
-    def add(self, factor: str, gradient: Tensor) -> None:
+    def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Add one factor's share."""
-        self.total = self.total + gradient.flatten(1).square().sum(1)
+        self.total = self.total + torch.linalg.vector_norm(gradient.flatten(1), dim=1).square()
 
 
 class Dots:
@@ -50,43 +56,73 @@ class Dots:
         self.reference = reference
         self.total: Tensor | float = 0.0
 
-    def add(self, factor: str, gradient: Tensor) -> None:
+    def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Add one factor's share."""
         reference = self.reference[factor].to(gradient)
+        reference = reference if columns is None else reference[:, columns.ids]
         self.total = self.total + gradient.flatten(1) @ reference.flatten()
 
 
 class Keep:
-    """All gradients of the batch by factor name: `gradients[name]` (N, rows, columns)."""
+    """All gradients of the batch by factor name: `gradients[name]` (N, rows, columns).
+
+    `columns[name]` are those that an embedding's A has there; other factors are whole.
+    """
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
+        self.columns: dict[str, Columns] = {}
 
-    def add(self, factor: str, gradient: Tensor) -> None:
+    def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Keep one factor's gradients."""
         self.gradients[factor] = gradient
+        if columns is not None:
+            self.columns[factor] = columns
+
+    def whole(self, factor: str, weight: Tensor) -> Tensor:
+        """The gradients (N, *weight.shape) with all columns; 0 where the factor had none."""
+        if factor not in self.gradients:
+            samples = len(next(iter(self.gradients.values())))
+            return weight.new_zeros(samples, *weight.shape)
+        if factor not in self.columns:
+            return self.gradients[factor]
+        found = self.gradients[factor]
+        zeros = found.new_zeros(len(found), *weight.shape)
+        return zeros.index_copy(2, self.columns[factor].ids, found)
+
+    def clear(self) -> None:
+        """Drop them."""
+        self.gradients.clear()
+        self.columns.clear()
 
 
 class Sketch:
     """A random projection of the whole gradient to `size` numbers that keeps inner products.
 
-    Each factor's gradient G is projected as Lᵀ G R with random signs L (rows, a), R (columns, c),
-    a·c = size, scaled by 1/√size, and the factors are added up: E⟨sketch g, sketch h⟩ = ⟨g, h⟩
-    with standard error about ‖g‖‖h‖/√size (as in TRAK and LoGra, arXiv 2303.14186, 2405.13954).
-    The signs depend on `seed` and the factor's name only, never on the order of the modules.
+    Number k is the sum of all entries p of all factors with p mod size = k, under random signs, so
+    E⟨sketch g, sketch h⟩ = ⟨g, h⟩ with standard error about ‖g‖‖h‖/√size (a count sketch: Charikar
+    et al. 2002; on gradients as in TRAK, arXiv 2303.14186). One multiplication and one addition an
+    entry. `size` is best a prime: then entries of one column do not meet. The signs depend on
+    `seed` and the factor's name only, never on the order of the modules.
     """
 
-    def __init__(self, size: int = 512, seed: int = 0, rows: int = 8) -> None:
-        if size % rows:
-            raise ValueError(f"size {size} is not a multiple of rows {rows}")
-        self.size, self.seed, self.rows = size, seed, rows
+    def __init__(self, size: int = 509, seed: int = 0) -> None:
+        self.size, self.seed = size, seed
         self.total: Tensor | float = 0.0
-        self._signs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._signs: dict[str, Tensor] = {}
 
-    def add(self, factor: str, gradient: Tensor) -> None:
+    def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Add one factor's projection."""
-        left, right = self._projections(factor, gradient)
-        self.total = self.total + (left.T @ (gradient @ right)).flatten(1)
+        samples, rows, width = gradient.shape
+        signs = self._drawn(factor, rows, width if columns is None else columns.width, gradient)
+        if columns is None:
+            share = self._folded((gradient * signs).flatten(1))
+        else:
+            start = torch.arange(rows, device=gradient.device).unsqueeze(1) * columns.width
+            numbers = (start + columns.ids).flatten() % self.size
+            signed = (gradient * signs[:, columns.ids]).flatten(1)
+            share = gradient.new_zeros(samples, self.size).index_add_(1, numbers, signed)
+        self.total = self.total + share
 
     def take(self) -> Tensor:
         """The sketches (N, size) of the batch, and start afresh."""
@@ -94,17 +130,19 @@ class Sketch:
         assert isinstance(total, Tensor), "no gradient was sketched"
         return total
 
-    def _projections(self, factor: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _folded(self, signed: Tensor) -> Tensor:
+        whole = signed.shape[1] // self.size * self.size
+        share = signed[:, :whole].unflatten(1, (-1, self.size)).sum(1)
+        share[:, : signed.shape[1] - whole] += signed[:, whole:]
+        return share
+
+    def _drawn(self, factor: str, rows: int, width: int, like: Tensor) -> Tensor:
         if factor not in self._signs:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{factor}".encode()))
-            left = _signs(gradient.shape[1], self.rows, generator)
-            right = _signs(gradient.shape[2], self.size // self.rows, generator) / self.size**0.5
-            self._signs[factor] = (left.to(gradient), right.to(gradient))
+            seed = zlib.crc32(f"{self.seed}/{factor}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(0, 2, (rows, width), generator=generator) * 2 - 1
+            self._signs[factor] = signs.to(like)
         return self._signs[factor]
-
-
-def _signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (rows, columns), generator=generator).float() * 2 - 1
 
 
 class PerSampleGradients:
@@ -117,44 +155,87 @@ class PerSampleGradients:
             losses = sample_losses(kind, model(**batch).logits, batch["labels"])
             gradients.backward(losses)
 
+    Inside, no parameter requires a gradient, so every `.grad` stays as it was, and the backward
+    ends at the lowest layer watched: with `depth` below 1, only the last adapted layers that hold
+    that share of the adapted weights are watched, and g is the gradient of their factors alone.
+
     Attributes:
         lengths: the T of the inputs in the last batch that went backward.
     """
 
-    def __init__(self, model: nn.Module, *reducers: Reducer) -> None:
-        self.modules: list[LoraModule] = lora_modules(model)
-        self.reducers = reducers
+    def __init__(self, model: nn.Module, *reducers: Reducer, depth: float = 1.0) -> None:
+        layers = last_layers(scored_layers(model), depth)
+        self.model, self.reducers = model, reducers
+        self.sites = {site.name: site for site in sites(layers)}
+        self.experts = expert_factors(layers)
         self.lengths: set[int] = set()
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._samples = 0
         self._reached = False
-        self._taps = SampleTaps(factors(self.modules), self._consume)
+        self._taps = SampleTaps({n: s.module for n, s in self.sites.items()}, self._consume)
+        watched = [s.module for s in self.sites.values()] + [e.block for e in self.experts]
+        self.replay = Replay(model, watched) if depth < 1 else None
+        self._stack = ExitStack()
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Every factor that is watched, by name."""
+        found: dict[str, nn.Parameter] = {}
+        for site in self.sites.values():
+            found |= site.weights
+        for experts in self.experts:
+            found |= experts.weights
+        return found
 
     def __enter__(self) -> PerSampleGradients:
-        self._taps.__enter__()
+        self._stack.enter_context(frozen(self.model.parameters()))
+        self._stack.enter_context(self._taps)
+        if self.replay:
+            self._stack.enter_context(self.replay.recording())
+        if self.experts:
+            handle = self.model.register_forward_pre_hook(self._count, with_kwargs=True)
+            self._stack.callback(handle.remove)
+        for experts in self.experts:
+            self._stack.enter_context(experts.watched(lambda: self._samples))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._taps.__exit__()
+        self._stack.close()
 
     def backward(self, losses: Tensor) -> None:
-        """Backward of Σ ℓ_i for `losses` (N); the parameters' own `.grad` stay as they were.
+        """Backward of Σ ℓ_i for `losses` (N).
 
         Raises:
             ModelError: the loss reaches no LoRA factor.
             SharedInput: a layer mixes samples; score such a model one sample at a time.
         """
         self.lengths, self._reached = set(self._taps.lengths), False
-        self._taps.backward(losses, self._parameters)
+        try:
+            if losses.requires_grad:
+                self._taps.backward(losses)
+        finally:
+            self._taps.forget()
+            expert_gradients = [gradient for each in self.experts for gradient in each.take()]
+        for gradient in expert_gradients:
+            self._reduce(gradient)
         if not self._reached:
             raise ModelError(
                 "The loss reaches no LoRA factor: is the adapter active and trainable?"
             )
 
-    def _consume(self, factor: str, inputs: Tensor, gradients: Tensor) -> None:
+    def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+        self._samples = len(tensors[0])
+
+    def _consume(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
+        for gradient in self.sites[name].gradients(inputs, gradients):
+            self._reduce(gradient)
+
+    def _reduce(self, gradient: Gradient) -> None:
         self._reached = True
-        gradient = torch.bmm(gradients.transpose(1, 2), inputs)
+        factor, values, columns = gradient
+        values = values if values.dtype == torch.float64 else values.float()
         for reducer in self.reducers:
-            reducer.add(factor, gradient)
+            reducer.add(factor, values, columns)
 
 
 PROBED = 3
@@ -169,7 +250,7 @@ def separable(model: nn.Module, kind: str, batch: Batch) -> bool:
     Not so where a layer runs once for the whole batch, mixes samples or holds them in another
     dimension than the first, which a shape alone does not tell when two dimensions are equal.
     """
-    if len(batch["labels"]) == 1:
+    if len(batch["labels"]) <= 1:
         return True
     few = {name: tensor[:PROBED] for name, tensor in batch.items()}
     try:
@@ -178,7 +259,7 @@ def separable(model: nn.Module, kind: str, batch: Batch) -> bool:
         return False
     for i, sample in enumerate(singly(few)):
         alone = _gradients(model, kind, sample)
-        pairs = [(together[name][i], alone[name][0]) for name in alone if name in together]
+        pairs = [(together[name][i], alone[name][0]) for name in alone]
         error = sum(float((got - true).square().sum()) for got, true in pairs)
         if error > AGREEMENT**2 * sum(float(g.square().sum()) for g in alone.values()):
             return False
@@ -189,38 +270,4 @@ def _gradients(model: nn.Module, kind: str, batch: Batch) -> dict[str, Tensor]:
     keep = Keep()
     with PerSampleGradients(model, keep) as gradients, torch.enable_grad():
         gradients.backward(forward_losses(model, kind, batch))
-    return keep.gradients
-
-
-def factors(modules: Sequence[LoraModule]) -> dict[str, nn.Linear]:
-    """The linear module of every factor, named "module.A" and "module.B"."""
-    return {f"{m.name}.{f}": linear for m in modules for f, linear in (("A", m.a), ("B", m.b))}
-
-
-@contextmanager
-def one_step(
-    gradients: PerSampleGradients, kept: Mapping[str, Tensor], steps: Tensor
-) -> Iterator[None]:
-    """Inside, every sample i sees the model at θ − steps_i·∇ℓ_i: its own step, for a whole batch.
-
-    `kept` are the gradients of the batch by factor, `steps` (N). Each factor's module then
-    computes X_i (W − steps_i G_i)ᵀ, so one forward gives every sample's loss after its own step.
-    """
-    handles = []
-    for factor, linear in factors(gradients.modules).items():
-        if factor in kept:
-            delta = (steps.view(-1, 1, 1) * kept[factor]).transpose(1, 2)
-            handles.append(linear.register_forward_hook(_subtract(delta, gradients.lengths)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _subtract(delta: Tensor, lengths: set[int]) -> Callable[..., Tensor]:
-    def hook(_: nn.Module, entered: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs = by_sample(entered[0], len(delta), lengths)
-        return output - torch.bmm(inputs, delta.to(inputs.dtype)).reshape(output.shape)
-
-    return hook
+    return {name: keep.whole(name, weight) for name, weight in gradients.weights.items()}

@@ -25,6 +25,7 @@ from tsqlora.batches import (
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, TrainingError
 from tsqlora.hooks import SharedInput
+from tsqlora.lookahead import one_step
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import (
     CLASSIFICATION,
@@ -40,7 +41,6 @@ from tsqlora.per_sample_grads import (
     Reducer,
     Sketch,
     SquaredNorms,
-    one_step,
     separable,
 )
 from tsqlora.quality import Measurements, QualityScores, quality_scores
@@ -64,6 +64,8 @@ class Scorer:
         learning_rate: η of preset `paper`.
         batch_size: samples a batch.
         seed: of the draws and the null.
+        depth: below 1, the economical mode: gradients of the last layers only, that hold this share
+            of the adapted weights; the backward ends there, and the lookahead begins there.
     """
 
     collator: Collator
@@ -71,6 +73,7 @@ class Scorer:
     learning_rate: float = 1e-3
     batch_size: int = 32
     seed: int = 0
+    depth: float = 1.0
 
     @property
     def measures(self) -> frozenset[str]:
@@ -80,7 +83,7 @@ class Scorer:
 
     def passes(self, kind: str, samples: int) -> float:
         """Passes it takes to score so many samples; a forward alone counts ½."""
-        halves = 1 + bool(self.measures) + ("loss_reduction" in self.measures)
+        halves = 1 + self.depth * (bool(self.measures) + ("loss_reduction" in self.measures))
         null = 0 if kind in (CLASSIFICATION, REGRESSION) else min(samples, NULL_SAMPLES)
         return 0.5 * (halves * samples + null)
 
@@ -130,7 +133,7 @@ class _Sheet:
         reducers: list[Reducer] = [self.norms]
         reducers += [self.sketch] if self.sketch else []
         reducers += [self.keep] if self.lookahead else []
-        self.gradients = PerSampleGradients(model, *reducers)
+        self.gradients = PerSampleGradients(model, *reducers, depth=scorer.depth)
         self.random = np.random.default_rng(scorer.seed)
         self.single: bool | None = None
         names = ("loss", "gradient_norm", "loss_reduction")
@@ -197,7 +200,7 @@ class _Sheet:
         steps = torch.full_like(norms, self.scorer.learning_rate)
         if self.scorer.quality.preset != "paper":
             steps = DISPLACEMENT / norms.clamp(min=1e-12)
-        with torch.no_grad(), one_step(self.gradients, self.keep.gradients, steps):
+        with torch.no_grad(), one_step(self.gradients, self.keep, steps):
             return forward_losses(self.model, self.kind, batch)
 
     def _add_classes(self, positions: np.ndarray, logits: Tensor, labels: Tensor) -> None:
@@ -260,7 +263,7 @@ class _Sheet:
         self.norms.total = 0.0
         if self.sketch:
             self.sketch.total = 0.0
-        self.keep.gradients.clear()
+        self.keep.clear()
 
 
 def score_samples(
@@ -272,20 +275,21 @@ def score_samples(
     learning_rate: float = 1e-3,
     batch_size: int = 32,
     seed: int = 0,
+    depth: float = 1.0,
 ) -> QualityScores:
     """The quality of every row of `dataset` under `model` (TsqLoRA §3; formulas in `quality.py`).
 
     A model without adapters gets temporary ones, briefly adapted (`quality.adapt_steps` steps, 100
     where that is None) and removed after, its weights untouched; a model with LoRA adapters is
     scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
-    one, else the row numbers.
+    one, else the row numbers. `depth` below 1 is the economical mode: see `Scorer`.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
         DataError: there is no row, or the batches hold no labels.
         TrainingError: losses or gradients are not finite.
     """
-    scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
+    scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed, depth)
     require_samples(model, dataset, collator)
     with ExitStack() as stack:
         adapted = model

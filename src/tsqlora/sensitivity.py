@@ -28,7 +28,7 @@ from tsqlora.batches import (
     subset,
 )
 from tsqlora.errors import ConfigError, RunError
-from tsqlora.hooks import SampleTaps, SharedInput
+from tsqlora.hooks import SampleTaps, SharedInput, frozen
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter
 from tsqlora.losses import infer_kind
 from tsqlora.per_sample_grads import separable
@@ -123,7 +123,6 @@ class _Meter:
         self.modules = {module.name: module for module in lora_modules(model)}
         self.totals = dict.fromkeys(self.modules, 0.0)
         self.single: bool | None = None
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._batches = 0
         self._sign = 0.0
         self._taps = SampleTaps({n: m.layer for n, m in self.modules.items()}, self._consume)
@@ -151,9 +150,8 @@ class _Meter:
         return LayerSensitivity(self.estimator, means, shapes)
 
     def _backward(self, batch: Batch) -> None:
-        with self._taps, torch.enable_grad():
-            losses = forward_losses(self.model, self.kind, batch)
-            self._taps.backward(losses, self._parameters)
+        with frozen(self.model.parameters()), self._taps, torch.enable_grad():
+            self._taps.backward(forward_losses(self.model, self.kind, batch))
 
     def _consume(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
         self.totals[name] += _SHARES[self.estimator](self, self.modules[name], inputs, gradients)

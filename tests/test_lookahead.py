@@ -1,0 +1,126 @@
+"""Each sample's loss after its own step, against steps really taken one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reference import looped_curvature, looped_lookahead, loss_of
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tsqlora.lookahead import first_order, one_step, second_order
+from tsqlora.per_sample_grads import Keep, PerSampleGradients, SquaredNorms
+from tsqlora.scoring import Scorer
+
+NAMES = ["bert", "albert", "bart", "t5", "gpt2", "llama", "qwen2-moe"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _math_attention() -> Iterator[None]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def measured(model: Any, kind: str, batch: dict[str, Tensor]) -> Any:
+    """The engine after one batch: gradients, kept ones, losses, squared norms."""
+    keep, norms = Keep(), SquaredNorms()
+    with PerSampleGradients(model, keep, norms) as gradients:
+        losses = loss_of(model, kind, batch)
+        gradients.backward(losses)
+    return gradients, keep, losses.detach(), torch.as_tensor(norms.total)
+
+
+@settings(max_examples=25)
+@given(
+    name=st.sampled_from(NAMES),
+    samples=st.integers(1, 5),
+    longest=st.integers(4, 10),
+    displacement=st.sampled_from([1e-3, 0.5, 3.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_lookahead_of_a_batch_equals_steps_really_taken_one_by_one(
+    name: str, samples: int, longest: int, displacement: float, seed: int
+) -> None:
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name, seed, double=True), kind)
+    batch = tiny_batch(kind, samples, seed, longest)
+    gradients, keep, _, squared = measured(model, kind, batch)
+    steps = displacement / squared.sqrt()
+    with torch.no_grad(), one_step(gradients, keep, steps):
+        got = loss_of(model, kind, batch)
+    assert torch.allclose(got, looped_lookahead(model, kind, batch, steps), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])  # Llama's norms round to float32
+def test_estimates_are_the_taylor_series_of_the_step(name: str) -> None:
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name, double=True), kind)
+    batch = tiny_batch(kind)
+    gradients, keep, losses, squared = measured(model, kind, batch)
+    steps = 1e-3 / squared.sqrt()
+
+    def forward() -> Tensor:
+        return loss_of(model, kind, batch)
+
+    first = first_order(squared, steps)
+    second = second_order(gradients, keep, losses, squared, steps, forward, nudge=1e-5)
+    assert torch.allclose(first, 1e-3 * squared.sqrt())
+    bend = 0.5 * steps.square() * looped_curvature(model, kind, batch)
+    assert torch.allclose(first - second, bend, rtol=0.02, atol=float(bend.abs().max()) / 100)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mixtral"])
+@pytest.mark.parametrize("depth", [0.2, 0.6])
+def test_with_a_depth_the_forward_begins_where_it_differs_and_is_the_same(
+    name: str, depth: float
+) -> None:
+    kind = KINDS[name]
+    experts = ["mlp.experts.down_proj"] if name == "mixtral" else None
+    model = with_lora(tiny_model(name, double=True), kind, target_parameters=experts)
+    batch = tiny_batch(kind)
+    keep, calls = Keep(), []
+    embedding = model.get_input_embeddings()
+    with PerSampleGradients(model, keep, depth=depth) as gradients:
+        gradients.backward(loss_of(model, kind, batch))
+    steps = torch.linspace(0.1, 1, len(batch["labels"])).double()
+    handle = embedding.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), one_step(gradients, keep, steps):
+        got = loss_of(model, kind, batch)
+    inner = [m for m in model.modules() if "forward" in vars(m)]
+    calls_of_replay, replay, gradients.replay = len(calls), gradients.replay, None
+    with torch.no_grad(), one_step(gradients, keep, steps):
+        whole = loss_of(model, kind, batch)
+    handle.remove()
+    assert replay is not None
+    assert not inner
+    assert calls_of_replay <= len(calls) - calls_of_replay
+    assert torch.equal(got, whole)
+
+
+def test_the_model_is_as_it_was_after_a_step() -> None:
+    model = with_lora(tiny_model("bert", double=True), "classification")
+    batch = tiny_batch("classification")
+    gradients, keep, losses, squared = measured(model, "classification", batch)
+    with torch.no_grad(), one_step(gradients, keep, 1 / squared.sqrt()):
+        loss_of(model, "classification", batch)
+    assert torch.equal(loss_of(model, "classification", batch), losses)
+
+
+def test_the_economical_mode_scores_every_sample_for_fewer_passes() -> None:
+    model = with_lora(tiny_model("bert"), "classification")
+    rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=24)))
+    full, economical = Scorer(collate, batch_size=4), Scorer(collate, batch_size=4, depth=0.3)
+    assert economical.passes("classification", 24) < 0.7 * full.passes("classification", 24)
+    scores, all_layers = economical.score(model, rows), full.score(model, rows)
+    assert np.array_equal(scores.loss, all_layers.loss)
+    assert (scores.gradient_norm < all_layers.gradient_norm).all()
+    assert np.isfinite(scores.quality).all()
