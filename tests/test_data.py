@@ -239,6 +239,33 @@ def test_other_rows_have_another_fingerprint(other: list[dict[str, Any]]) -> Non
 # Mistakes
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 4.5, 5],
+        [None, None, None, "x", "y"],
+        [1, 2, 3, "x", 5],
+        [1, "x", 3, 4, 5],
+        [[1], [2], [3], [None], []],
+        [{"a": 1}, {"a": 1}, {"b": 1}, {"a": 2}, {}],
+    ],
+)
+def test_lines_read_in_parts_are_those_read_at_once(
+    values: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"v": value} for value in values])
+    found = []
+    for at_once in (1000, 2):
+        monkeypatch.setattr("tsqlora.table_files.ROWS_AT_ONCE", at_once)
+        try:
+            dataset = load_dataset(path, "data.train")
+            found.append((dataset.features, dataset.to_list()))
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 BAD_FILES = [
     ("a.jsonl", b'{"a": 1}\n\n{"a": 2\n', "a.jsonl, line 3: not valid JSON, Expecting ','"),
     ("a.jsonl", b'{"a": 1}\n[2]\n', "a.jsonl, line 2: expected an object such as {...}, not [2]"),

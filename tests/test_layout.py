@@ -17,12 +17,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 
 # Each module imports only modules that stand before it.
 ORDER = [
-    "errors", "schema", "config", "artefacts", "table_files", "data",
-    "losses", "batches", "heads", "loading", "encoding", "labels",
+    "errors", "schema", "config", "artefacts", "processes", "table_files", "data",
+    "losses", "batches", "heads", "loading", "encoding", "encoded", "labels",
     "base_task", "tasks", "generation", "metrics",
     "hooks", "replay", "lora_layers", "factors", "experts",
     "adaptation", "per_sample_grads", "lookahead",
-    "credibility", "quality", "selection", "mismatch", "scoring", "sensitivity",
+    "credibility", "convergence", "quality", "selection", "mismatch",
+    "memory", "measuring", "parts", "scoring", "sensitivity",
     "allocation", "adapter", "dynamic_rank", "callback",
     "run_folder", "training", "two_parts", "cost", "inputs", "preflight",
     "model_card", "finished", "baseline",

@@ -39,7 +39,13 @@ def test_nothing_is_trained_or_kept_before_model_and_trainer_agree(
     said = capsys.readouterr().err
     assert all(name in said for name in named)
     assert "adaptation" not in said
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    kept = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").glob("**/*")}
+    pool = {
+        "checkpoints/encoded",
+        "checkpoints/encoded/train.arrow",
+        "checkpoints/encoded/train.inputs",
+    }
+    assert kept == {"config.yaml", "checkpoints", *pool}  # the encoded pool is no artefact
 
 
 def test_no_is_a_strategy_although_yaml_reads_it_as_false(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from tsqlora.batches import Collator, try_out
+from tsqlora.batches import Collator, model_columns, try_out
 from tsqlora.errors import TrainingError
 from tsqlora.losses import infer_kind
 
@@ -73,6 +73,7 @@ class Adaptation:
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            remove_unused_columns=False,  # `model_columns` spares those that collators read
             **{"disable_tqdm": False, **kept, **rate},
         )
 
@@ -94,7 +95,8 @@ def adapt_briefly(
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = adaptation.arguments(folder)
         set_seed(adaptation.seed)
-        Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
+        rows = model_columns(model, dataset)
+        Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise TrainingError(
             "The brief adaptation diverged: lower training.learning_rate or look for extreme "

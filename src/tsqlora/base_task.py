@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
 import torch
-from datasets import ClassLabel, Dataset, concatenate_datasets
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -19,6 +20,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from tsqlora.config import DataConfig
 from tsqlora.data import require_columns, spec_columns
+from tsqlora.encoded import compact, in_memory
 from tsqlora.encoding import Encoded
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.loading import load_config, load_model, require_embeddings
@@ -66,19 +68,25 @@ class Task(ABC):
         Raises:
             DataError: a column is missing, or rows cannot be used; with `where`, row and remedy.
         """
+        return in_memory(self.encoded(dataset, where))
+
+    def encoded(self, dataset: Dataset, where: str) -> Iterator[pa.Table]:
+        """What `encode` gives, some rows at a time; raises when all bad rows have been seen."""
         require_columns(dataset, self.columns(), where)
         faults: list[str] = []
-        parts = []
+        empty = True
         for rows in _chunks(dataset.select_columns(["id", *self.columns()]), where):
-            parts.append(Dataset.from_list(self._encode_rows(rows, faults)))
+            samples = self._encode_rows(rows, faults)
+            empty = False
             if len(faults) >= _FAULTS_SHOWN:
                 faults[_FAULTS_SHOWN - 1] += " There may be more such rows."
                 break
+            if samples:
+                yield compact(samples)
         if faults:
             raise DataError.of([f"{where}: {fault}" for fault in faults[:_FAULTS_SHOWN]])
-        if not parts:
+        if empty:
             raise DataError(f"{where}: there are no rows.")
-        return concatenate_datasets(parts)
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch, padded on the right to its longest sample; padded labels are -100."""

@@ -1,12 +1,15 @@
-"""Batches for passes of our own over a pool: columns, order by length, device, losses."""
+"""Batches for passes of our own over a pool: order and size by length, memory, device, losses."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -18,6 +21,10 @@ from tsqlora.losses import SEQ2SEQ, sample_losses
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 Batch = dict[str, Tensor]
+
+OWN = 16
+"""Tokens that a sample counts beside its own, for what it takes in memory at any length."""
+ROWS_AT_ONCE = 10_000
 
 _REFUSALS = (
     RuntimeError,
@@ -53,31 +60,130 @@ def require_samples(model: nn.Module, dataset: Any, collator: Collator) -> None:
     _require_labels(collator([model_columns(model, dataset)[0]]), dataset)
 
 
-def batches(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    batch_size: int,
-    what: str,
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """(positions, batch) over the whole data set, longest first, on the model's device.
+class Pool:
+    """A data set as batches of one size in tokens, collated and put on the model's device.
 
-    Longest first: little padding, and a batch too large for memory fails at once. Shows a progress
-    bar `what` counted in samples.
+    No batch holds more tokens than `batch_size` of the longest samples, which is what batches in
+    the data set's order come to now and then: so short samples come many at a time and long ones
+    few, in the same memory and with little padding.
+
+    Attributes:
+        plan: the positions of each batch. Longest first: a batch too large for memory fails at
+            once. It depends on the lengths and `batch_size` only.
+        tokens: the tokens of each sample (N), 0 where the collator makes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset: Dataset, collator: Collator, batch_size: int
+    ) -> None:
+        self.rows, self.collator = model_columns(model, dataset), collator
+        self.device = next(model.parameters()).device
+        self._columns = _token_columns(self.rows)
+        self.tokens = _lengths(self.rows, self._columns)
+        self.most = batch_size * (int(self.tokens.max(initial=0)) + OWN)
+        self.plan = _plan(self.tokens, self.most)
+
+    def take(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(positions, batch), once, or in pieces where the collator pads further than was planned.
+
+        Raises:
+            DataError: the collator gives no `labels`, or other samples than it was given.
+        """
+        batch = self.collator(self.rows.__getitems__(positions.tolist()))
+        _require_labels(batch, self.rows)
+        if len(batch["labels"]) != len(positions):
+            raise DataError(
+                f"The collator made {len(batch['labels'])} samples of {len(positions)} rows, so "
+                "they cannot be told apart: use one that neither packs nor splits rows."
+            )
+        found = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
+        padded = sum(found[name].numel() for name in self._columns if name in found)
+        pieces = min(len(positions), max(1, round(padded / self.most)))
+        yield from zip(np.array_split(positions, pieces), split(found, pieces), strict=True)
+
+
+def batches(
+    model: nn.Module, dataset: Dataset, collator: Collator, batch_size: int, what: str
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(positions, batch) over the whole data set as `Pool` plans it, with a progress bar `what`.
 
     Raises:
         DataError: the collator gives no `labels`.
     """
-    rows = model_columns(model, dataset)
-    device = next(model.parameters()).device
-    order = np.argsort(-_lengths(rows), kind="stable")
-    with tqdm(total=len(rows), desc=what, unit=" samples", leave=False) as progress:
-        for start in range(0, len(order), batch_size):
-            positions = order[start : start + batch_size]
-            batch = collator([rows[int(i)] for i in positions])
-            _require_labels(batch, dataset)
-            yield positions, {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            progress.update(len(positions))
+    pool = Pool(model, dataset, collator, batch_size)
+    with progress(pool.tokens, np.arange(len(pool.tokens)), what) as passed:
+        for positions in pool.plan:
+            yield from pool.take(positions)
+            passed(positions)
+
+
+@contextmanager
+def progress(
+    tokens: np.ndarray, ahead: np.ndarray, what: str, hidden: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A bar with the rate and the time that remains; it is told the positions that have passed.
+
+    It counts tokens, as long samples take longer, or samples where `tokens` (N) are all 0; `ahead`
+    are the positions still to pass.
+    """
+    counted = tokens if tokens.any() else np.ones_like(tokens)
+    unit = " tokens" if tokens.any() else " samples"
+    total, done = int(counted[ahead].sum()), 0
+    with tqdm(
+        total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=hidden
+    ) as bar:
+
+        def passed(positions: np.ndarray) -> None:
+            nonlocal done
+            done += len(positions)
+            bar.set_postfix_str(f"{done} of {len(ahead)} samples", refresh=False)
+            bar.update(int(counted[positions].sum()))
+
+        yield passed
+
+
+def split(batch: Batch, pieces: int) -> list[Batch]:
+    """The samples of a batch in so many batches, sizes as `np.array_split` has them."""
+    samples = len(batch["labels"])
+    if min(pieces, samples) <= 1:
+        return [batch]
+    parts = {name: torch.tensor_split(tensor, pieces) for name, tensor in batch.items()}
+    return [
+        {name: tensors[i] for name, tensors in parts.items()} for i in range(min(pieces, samples))
+    ]
+
+
+def _plan(tokens: np.ndarray, most: int) -> list[np.ndarray]:
+    order = np.argsort(-tokens, kind="stable")
+    cost = tokens[order] + OWN
+    plan, start = [], 0
+    while start < len(order):
+        stop = start + max(1, most // int(cost[start]))
+        plan.append(order[start:stop])
+        start = stop
+    return plan
+
+
+def _token_columns(dataset: Dataset) -> list[str]:
+    """The columns whose lengths make a batch long: the inputs, and the targets of generation."""
+    types = {field.name: field.type for field in dataset.data.schema}
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return [
+        name
+        for name in ("input_ids", "labels")
+        if name in types and any(i(types[name]) for i in lists)
+    ]
+
+
+def _lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
+    """Tokens of each row (N), read from Arrow, as Python's integers would fill the memory."""
+    found = [np.zeros(0, dtype=np.int64)]
+    arrow = dataset.with_format("arrow")
+    for start in range(0, len(dataset) if columns else 0, ROWS_AT_ONCE):
+        rows = arrow[start : start + ROWS_AT_ONCE]
+        lengths = [pc.fill_null(pc.list_value_length(rows[name]), 0) for name in columns]
+        found.append(np.sum([each.to_numpy() for each in lengths], axis=0, dtype=np.int64))
+    return np.concatenate(found) if columns else np.zeros(len(dataset), dtype=np.int64)
 
 
 def _require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:
@@ -86,12 +192,6 @@ def _require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:
             "The collator's batches have no `labels`, so no loss can be taken: name the target "
             f"column `labels` (columns here: {', '.join(dataset.column_names)})."
         )
-
-
-def _lengths(dataset: Dataset) -> np.ndarray:
-    if "input_ids" not in dataset.column_names:
-        return np.zeros(len(dataset))
-    return np.array([len(row) for row in dataset["input_ids"]])
 
 
 def forward_logits(model: nn.Module, kind: str, batch: Batch) -> Tensor:
@@ -115,8 +215,8 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
     Raises:
         ModelError: with the model's own words.
     """
-    longest = np.argsort(-_lengths(dataset), kind="stable")[:2]
-    _, batch = next(batches(model, dataset.select(longest), collator, 2, "trial"))
+    longest = Pool(model, dataset, collator, 2)
+    _, batch = next(longest.take(longest.plan[0]))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     try:

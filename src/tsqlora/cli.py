@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = " and --resume" if "resume" in arguments else ""
         print(f"tsqlora: interrupted; go on with the same command{remedy}.", file=sys.stderr)
         return 130
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes (`accelerate launch`) the first speaks for all
     print(json.dumps(result, indent=2) if arguments.json else _readable(result))
     return 0
 

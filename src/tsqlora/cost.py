@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tsqlora import processes
 from tsqlora.artefacts import read_json
 from tsqlora.run_folder import RunFolder
 
@@ -32,9 +33,10 @@ def counted(folder: RunFolder, stage: str, passes: float, going_on: bool = False
         yield
         done = passes
     finally:
-        seconds = before + time.perf_counter() - started
-        stages[stage] = {"seconds": round(seconds, 3), "passes": done}
-        folder.update_metrics({"cost": _cost(folder, stages)})
+        if processes.is_main():
+            seconds = before + time.perf_counter() - started
+            stages[stage] = {"seconds": round(seconds, 3), "passes": done}
+            folder.update_metrics({"cost": _cost(folder, stages)})
 
 
 def record_parameters(folder: RunFolder, parameters: int) -> None:

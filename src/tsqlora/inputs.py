@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
+from tsqlora import __version__
 from tsqlora.artefacts import digest
 from tsqlora.batches import subset
 from tsqlora.config import RunConfig
 from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
+from tsqlora.encoded import on_disk
 from tsqlora.errors import ConfigError
 from tsqlora.tasks import Task, make_task
 
@@ -36,6 +39,8 @@ NEEDS: dict[str, list[str]] = {
     "evaluation": ["metrics"],
 }
 """What each stage depends on beside the stage before it."""
+ENCODING = ["model", "tokenizer", "target_tokenizer", "task", "data"]
+"""What the encoded samples depend on beside the rows."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,13 @@ class Splits:
 
 
 class Inputs:
-    """Loads each part when it is first asked for, and once."""
+    """Loads each part when it is first asked for, and once.
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    With a `folder` the encoded pool lies there on disk rather than in memory.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
+        self.config, self.folder = config, folder
 
     @cached_property
     def raw(self) -> dict[str, Dataset]:
@@ -92,10 +100,17 @@ class Inputs:
         where = {"train": "data.train", "validation": "data.validation", "test": "data.test"}
         return Splits(
             **{
-                name: self.task.encode(rows, where.get(name, "quality.reference"))
+                name: self._encode(name, rows, where.get(name, "quality.reference"))
                 for name, rows in self.raw.items()
             }
         )
+
+    def _encode(self, name: str, rows: Dataset, where: str) -> Dataset:
+        if name != "train" or self.folder is None:
+            return self.task.encode(rows, where)
+        keys = [_dig(self.config.to_dict(), key) for key in ENCODING]
+        inputs = digest(__version__, keys, self.task.labels, self.fingerprints[name])
+        return on_disk(self.task.encoded(rows, where), self.folder / f"{name}.arrow", inputs)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

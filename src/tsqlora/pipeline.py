@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments, set_seed
 
+from tsqlora import processes
 from tsqlora.adaptation import adapt_briefly
 from tsqlora.adapter import check_plan, export_adapter, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
@@ -67,16 +69,22 @@ class Run:
     """One configuration, its run folder, and a method for each stage."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
-        self.config, self.folder, self.inputs = config, folder, Inputs(config)
+        self.config, self.folder = config, folder
+        self.inputs = Inputs(config, folder.encoded)
 
     @classmethod
     def start(cls, config: RunConfig | str | Path, resume: bool = False) -> Run:
         """Check configuration, folder and every row of the data before anything long starts."""
         if not isinstance(config, RunConfig):
             config = RunConfig.from_yaml(config)
-        run = cls(config, RunFolder.create(config.output, config, resume))
+        processes.join()
+        with processes.main_first():
+            run = cls(config, RunFolder.create(config.output, config, resume))
+        if not processes.is_main():
+            logger.setLevel(logging.WARNING)
+        with processes.main_first():
+            run.inputs.splits  # noqa: B018
         run.arguments  # noqa: B018  transformers checks the training section
-        run.inputs.splits  # noqa: B018
         return run
 
     @classmethod
@@ -91,37 +99,55 @@ class Run:
         base = self.inputs.base_model()
         model = wrap(base, uniform_config(self.config, base))
         saved, inputs = self.folder.warmup / "state.safetensors", self.inputs.digest("adaptation")
-        if self.folder.is_done("adaptation", inputs, [saved]):
-            load_trainable_state(model, load_file(saved))
-            return model
+        done = self.folder.is_done("adaptation", inputs, [saved])
+        processes.wait()  # until all have looked
+        if not done and processes.is_main():
+            self._adapt(model)
+            with atomic_folder(self.folder.warmup) as folder:
+                save_file(trainable_state(model), folder / "state.safetensors")
+            self.folder.mark_done("adaptation", inputs)
+        processes.wait()
+        load_trainable_state(model, load_file(saved))
+        return model.to(self.arguments.device)
+
+    def _adapt(self, model: PeftModel) -> None:
+        """In one process, whatever their number, so that all score under the same model."""
         check_run(self.config, model, self.inputs.splits)
         first = first_steps(self.config, len(self.inputs.splits.train))
         logger.info("0/4 Brief adaptation: %d steps of %d samples", first.steps, first.batch)
-        with counted(self.folder, "adaptation", first.steps * first.batch):
+        with processes.alone(), counted(self.folder, "adaptation", first.steps * first.batch):
             adapt_briefly(model, self.inputs.splits.train, self.inputs.task.collate, first)
-        with atomic_folder(self.folder.warmup) as folder:
-            save_file(trainable_state(model), folder / "state.safetensors")
-        self.folder.mark_done("adaptation", inputs)
-        return model
 
     def score(self) -> QualityScores:
         """Stage 1: the quality of every sample."""
         inputs = self.inputs.digest("scores")
         if self.folder.is_done("scores", inputs, [self.folder.scores]):
             logger.info("1/4 Quality scores: there already")
-            return QualityScores.from_parquet(self.folder.scores)
+        else:
+            self._score(inputs)
+        return QualityScores.from_parquet(self.folder.scores)
+
+    def _score(self, inputs: str) -> None:
+        """Measured by all processes, a share each, or gone on with; the main one scores."""
         pool, reference = self.inputs.splits.train, self.inputs.splits.reference
-        model = self.warm_model
+        model, measured = self.warm_model, self.folder.measured
         logger.info("1/4 Quality scores of %d samples", len(pool))
-        samples = len(pool) + (len(reference) if reference is not None else 0)
-        with counted(self.folder, "scores", self.scorer.passes(self.config.task, samples)):
-            scores = self.scorer.score(model, pool, reference)
-        with atomic_file(self.folder.scores) as file:
-            scores.to_parquet(file)
-        self.folder.mark_done("scores", inputs)
-        effective = scores.effective_samples / len(scores.ids)
-        logger.info("    %s; effective share of the pool %.0f %%", scores.verdict, 100 * effective)
-        return scores
+        samples, going_on = len(pool) + len(reference or ()), measured.exists()
+        passes = self.scorer.passes(self.config.task, samples)
+        with counted(self.folder, "scores", passes, going_on):
+            self.scorer.measure(model, pool, reference, measured, inputs)
+            processes.wait()
+            if processes.is_main():
+                scores = self.scorer.scores(model, pool, reference, measured)
+                with atomic_file(self.folder.scores) as file:
+                    scores.to_parquet(file)
+                self.folder.mark_done("scores", inputs)
+                shutil.rmtree(measured)
+                effective = scores.effective_samples / len(scores.ids)
+                logger.info(
+                    "    %s; effective share of the pool %.0f %%", scores.verdict, 100 * effective
+                )
+        processes.wait()
 
     def sensitivity(self) -> LayerSensitivity:
         """Stage 2: the sensitivity of every layer on the selected samples."""

@@ -13,9 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sklearn.cluster import MiniBatchKMeans
 
 from tsqlora.config import QualityConfig
+from tsqlora.convergence import (
+    Sketches,
+    clusters,
+    width,
+    with_mean,
+    with_others,
+    with_reference,
+)
 from tsqlora.credibility import (
     Credibility,
     drawable,
@@ -44,13 +51,13 @@ class Measurements:
         loss: ℓ_i (N).
         gradient_norm: ‖g_i‖₂ (N), NaN where not measured.
         loss_reduction: ℓ_i(θ) - ℓ_i(θ - η_i g_i) (N), NaN where not measured.
-        sketch: random projections of g_i (N, k); k = 0 where not measured.
+        sketch: random projections of g_i (N, k), in memory or on disk; k = 0 where not measured.
         length: target tokens (N).
         group: class label (N), or 0 for all.
         null_loss: losses of inputs with other samples' targets (M), M = 0 where there are none.
         null_group: the class those targets name (M).
-    confidence: log-odds of the model's first class against its second (N); empty if no classes.
-    agrees: whether the label is that first class (N); empty if no classes.
+        confidence: log-odds of the model's first class against its second (N); empty if no classes.
+        agrees: whether the label is that first class (N); empty if no classes.
         classes: C for classification, else None.
     """
 
@@ -58,7 +65,7 @@ class Measurements:
     loss: Floats
     gradient_norm: Floats
     loss_reduction: Floats
-    sketch: Floats
+    sketch: Sketches
     length: Ints
     group: Ints
     null_loss: Floats
@@ -214,32 +221,19 @@ def convergence_terms(pool: Measurements, reference: Measurements | None = None)
     same class (leave one out), or, where there are no classes, of the same k-means cluster of
     sketches. NaN where nothing was sketched.
     """
-    if pool.sketch.shape[1] == 0:
-        return np.full(len(pool.ids), np.nan)
+    samples = len(pool.ids)
+    if width(pool.sketch) == 0:
+        return np.full(samples, np.nan)
     if reference is not None:
-        return cosine(pool.sketch, unit(reference.sketch).mean(0))
-    groups = pool.group if pool.classes is not None else clusters(pool.sketch)
-    result = np.zeros(len(pool.ids))
-    for value in np.unique(groups):
-        members = groups == value
-        units = unit(pool.sketch[members])
-        result[members] = row_cosine(units, units.sum(0) - units)
-    return result
+        return with_reference(pool.sketch, reference.sketch, samples)
+    groups = pool.group if pool.classes is not None else clusters(pool.sketch, samples)
+    return with_others(pool.sketch, groups)
 
 
 def _pool_cosine(pool: Measurements) -> Floats:
-    if pool.sketch.shape[1] == 0:
+    if width(pool.sketch) == 0:
         return np.full(len(pool.ids), np.nan)
-    return cosine(pool.sketch, pool.sketch.mean(0))
-
-
-def clusters(sketch: Floats, most: int = 8, smallest: int = 50) -> Ints:
-    """Seeded k-means clusters (N) of unit sketches, k = min(most, N // smallest), at least 1."""
-    count = max(1, min(most, len(sketch) // smallest))
-    if count == 1:
-        return np.zeros(len(sketch), dtype=np.int64)
-    model = MiniBatchKMeans(count, random_state=0, n_init=3)
-    return model.fit_predict(unit(sketch).astype(np.float64))  # type: ignore[no-any-return]
+    return with_mean(pool.sketch, len(pool.ids))
 
 
 def robust_z(values: Floats) -> Floats:
@@ -277,21 +271,6 @@ def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:
         weight = np.ones(len(quality))
     sharp = weight * np.exp(quality / temperature - np.max(quality / temperature))
     return (1 - UNIFORM_SHARE) * sharp / sharp.sum() + UNIFORM_SHARE * weight / weight.sum()
-
-
-def unit(rows: Floats) -> Floats:
-    """Rows divided by their length; zero rows stay zero."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-
-
-def cosine(rows: Floats, direction: Floats) -> Floats:
-    """Cosine of each row (N, k) with one direction (k)."""
-    return row_cosine(rows, np.broadcast_to(direction, rows.shape))
-
-
-def row_cosine(a: Floats, b: Floats) -> Floats:
-    """Cosine of each row of `a` with the same row of `b`; 0 where either is zero."""
-    return np.einsum("nk,nk->n", unit(a), unit(np.asarray(b)))  # type: ignore[no-any-return]
 
 
 def _weights(config: QualityConfig) -> list[float]:

@@ -78,6 +78,16 @@ class RunFolder:
         return self.checkpoints / "warmup"
 
     @property
+    def encoded(self) -> Path:
+        """The pool as the model takes it; made again where it is gone."""
+        return self.checkpoints / "encoded"
+
+    @property
+    def measured(self) -> Path:
+        """What is measured of the samples while they are being scored."""
+        return self.checkpoints / "scores"
+
+    @property
     def training(self) -> Path:
         """The Trainer's checkpoints."""
         return self.checkpoints / "train"
@@ -192,7 +202,10 @@ class RunFolder:
             return {}
 
     def _entries(self) -> set[str]:
-        return {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
+        names = {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
+        if self.encoded.exists() and {*self.checkpoints.iterdir()} == {self.encoded}:
+            names.discard(self.checkpoints.name)  # no artefact of a stage
+        return names
 
     def _without_artefacts(self) -> bool:
         """Whether there is only the resolved configuration and the cost; not one typed by hand."""

@@ -1,57 +1,43 @@
-"""One pass over the pool: measure every sample, then score it. The only caller of the engine."""
+"""One pass over the pool: measure every sample into parts on disk, then score them all."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers.utils import logging
+from torch import nn
 
+from tsqlora import processes
 from tsqlora.adaptation import FEW, Adaptation, adapt_briefly
-from tsqlora.batches import (
-    Batch,
-    Collator,
-    batches,
-    forward_logits,
-    forward_losses,
-    require_samples,
-    singly,
-    subset,
-)
+from tsqlora.artefacts import digest
+from tsqlora.batches import Collator, Pool, forward_losses, progress, require_samples, subset
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, TrainingError
-from tsqlora.hooks import SharedInput
-from tsqlora.lookahead import one_step
 from tsqlora.lora_layers import has_lora, temporary_adapter
-from tsqlora.losses import (
-    CLASSIFICATION,
-    REGRESSION,
-    infer_kind,
-    sample_losses,
-    target_lengths,
-)
+from tsqlora.losses import CLASSIFICATION, REGRESSION, infer_kind, sample_losses
+from tsqlora.measuring import Columns, Meter, as_numpy
+from tsqlora.memory import Halving
 from tsqlora.mismatch import mismatched_pairs
-from tsqlora.per_sample_grads import (
-    Keep,
-    PerSampleGradients,
-    Reducer,
-    Sketch,
-    SquaredNorms,
-    separable,
-)
+from tsqlora.parts import Parts, StoredSketches
+from tsqlora.per_sample_grads import PROBED
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw
 
-logger = logging.get_logger("tsqlora")
-
-DISPLACEMENT = 0.5
-"""‖η_i g_i‖ of the lookahead step in preset `default`: every sample moves the model as far."""
 NULL_SAMPLES = 500
 """Mismatched pairs that make the null where it takes passes of its own (generation)."""
+FINITE = ("loss", "gradient_norm")
+"""What has to be finite of every sample."""
+PART = 16
+"""Batches a part: what an interruption loses at most."""
+
+Null = tuple[np.ndarray, np.ndarray]
+"""Losses of wrong targets (M), and the class that each names (M)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,8 @@ class Scorer:
         collator: turns rows into a batch with `labels`.
         quality: the `quality` section of the configuration.
         learning_rate: η of preset `paper`.
-        batch_size: samples a batch.
+        batch_size: of the longest samples, how many come in a batch; of shorter ones more do, and
+            fewer of all once memory has run out.
         seed: of the draws and the null.
         depth: below 1, the economical mode: gradients of the last layers only, that hold this share
             of the adapted weights; the backward ends there, and the lookahead begins there.
@@ -91,179 +78,134 @@ class Scorer:
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None = None
     ) -> QualityScores:
         """Quality scores under `model` as it is: adapted already, LoRA factors active."""
-        pool = self.measure(model, dataset, "quality scores")
-        trusted = None
-        if reference is not None:
-            trusted = self.measure(model, reference, "reference scores", null=False)
-        scores = quality_scores(pool, self.quality, trusted)
+        with TemporaryDirectory(prefix="tsqlora-") as folder:
+            self.measure(model, dataset, reference, Path(folder), share=(0, 1))
+            return self.scores(model, dataset, reference, Path(folder))
+
+    def measure(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        reference: Dataset | None,
+        folder: Path,
+        inputs: str = "",
+        share: tuple[int, int] | None = None,
+    ) -> None:
+        """Measure the samples into `folder`, or go on doing so if its parts are of these `inputs`.
+
+        One forward of every sample, a backward and a forward after its own step if wanted. Of
+        several processes each takes its `share`, every so many-th part from the first on.
+
+        Raises:
+            DataError: there is no sample, or the batches hold no labels.
+            ModelError: the model's kind or a layer's kind is not supported, or memory is too small.
+        """
+        if len(dataset) == 0:
+            raise DataError("There is no sample to score: the data set is empty.")
+        share = share or (processes.index(), processes.count())
+        key = digest(inputs, self.batch_size, len(dataset), self.seed, self.depth)
+        with _evaluating(model):
+            for what, rows in _named(dataset, reference):
+                parts = Parts(folder / what, len(rows))
+                if share[0] == 0:
+                    parts.prepare(key)
+                if share[1] > 1:
+                    processes.wait()
+                self._fill(parts, model, rows, f"{what} scores", share)
+
+    def scores(
+        self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
+    ) -> QualityScores:
+        """The scores from what was measured into `folder`."""
+        pool, *trusted = (
+            self._measurements(Parts(folder / what, len(rows)), model, rows, what == "quality")
+            for what, rows in _named(dataset, reference)
+        )
+        scores = quality_scores(pool, self.quality, *trusted)
         selected = np.zeros(len(scores.ids), dtype=bool)
         selected[draw(scores.probability, self.quality.fraction, self.seed)] = True
         return replace(scores, selected=selected)
 
-    def measure(
-        self, model: nn.Module, dataset: Dataset, what: str, null: bool = True
+    def _fill(
+        self, parts: Parts, model: nn.Module, rows: Dataset, what: str, share: tuple[int, int]
+    ) -> None:
+        pool = Pool(model, rows, self.collator, self.batch_size)
+        rate = self.learning_rate if self.quality.preset == "paper" else None
+        meter = Meter(model, infer_kind(model), self.measures, rate, self.seed, self.depth)
+        meter.halving.halvings = parts.halvings
+        there, (first, every) = parts.there(), share
+        numbers = [n for n in range(first, -(-len(pool.plan) // PART), every) if n not in there]
+        if not numbers:
+            return
+        _, batch = next(pool.take(pool.plan[0][:PROBED]))
+        meter.prepare(batch)
+        chunks = {n: pool.plan[PART * n : PART * (n + 1)] for n in numbers}
+        ahead = np.concatenate([np.concatenate(chunk) for chunk in chunks.values()])
+        with progress(pool.tokens, ahead, what, hidden=first > 0) as passed:
+            for number, chunk in chunks.items():
+                measured: list[Columns] = []
+                for positions in chunk:
+                    for places, batch in pool.take(positions):
+                        measured.append({"position": places, **meter.measure(batch)})
+                    passed(positions)
+                columns = {k: np.concatenate([m[k] for m in measured]) for k in measured[0]}
+                parts.write(number, columns, meter.halving.halvings)
+
+    def _measurements(
+        self, parts: Parts, model: nn.Module, rows: Dataset, null: bool
     ) -> Measurements:
-        """One forward of every sample, a backward and a forward after its own step if wanted."""
-        if len(dataset) == 0:
-            raise DataError("There is no sample to score: the data set is empty.")
-        training = model.training
-        model.eval()
-        try:
-            sheet = _Sheet(self, model, infer_kind(model), len(dataset))
-            for positions, batch in batches(model, dataset, self.collator, self.batch_size, what):
-                sheet.add(positions, batch)
-            if null and sheet.kind not in (CLASSIFICATION, REGRESSION):
-                sheet.add_mismatched(dataset)
-        finally:
-            model.train(training)
-        measured = sheet.measurements(_ids(dataset))
-        columns = [measured.loss, *([measured.gradient_norm] if self.measures else [])]
-        _require_finite(measured.ids, columns, what)
-        return measured
-
-
-class _Sheet:
-    """The columns being filled while batches pass."""
-
-    def __init__(self, scorer: Scorer, model: nn.Module, kind: str, samples: int) -> None:
-        self.scorer, self.model, self.kind = scorer, model, kind
-        self.lookahead = "loss_reduction" in scorer.measures
-        self.sketch = Sketch(seed=scorer.seed) if "convergence" in scorer.measures else None
-        self.norms, self.keep = SquaredNorms(), Keep()
-        reducers: list[Reducer] = [self.norms]
-        reducers += [self.sketch] if self.sketch else []
-        reducers += [self.keep] if self.lookahead else []
-        self.gradients = PerSampleGradients(model, *reducers, depth=scorer.depth)
-        self.random = np.random.default_rng(scorer.seed)
-        self.single: bool | None = None
-        names = ("loss", "gradient_norm", "loss_reduction")
-        self.columns = {name: np.full(samples, np.nan) for name in names}
-        size = self.sketch.size if self.sketch else 0
-        self.sketches = np.zeros((samples, size), dtype=np.float32)
-        self.length = np.ones(samples, dtype=np.int64)
-        self.group = np.zeros(samples, dtype=np.int64)
-        classes = samples if kind == CLASSIFICATION else 0
-        self.confidence, self.agrees = np.zeros(classes), np.zeros(classes, dtype=bool)
-        self.classes: int | None = None
-        self.null_loss: list[np.ndarray] = []
-        self.null_group: list[np.ndarray] = []
-
-    def add(self, positions: np.ndarray, batch: Batch) -> None:
-        """Measure one batch, one sample at a time where a layer mixes samples."""
-        if self.single is None and self.scorer.measures:
-            self._decide(not separable(self.model, self.kind, batch))
-        if not self.single:
-            try:
-                self._add(positions, batch)
-                return
-            except SharedInput:
-                self._decide(True)
-                self._reset()
-        for i, sample in enumerate(singly(batch)):
-            self._add(positions[i : i + 1], sample)
-
-    def _decide(self, single: bool) -> None:
-        self.single = single
-        if single:
-            logger.warning(
-                f"{type(self.model).__name__} has a layer in which a batch's samples cannot be "
-                "told apart: scoring one sample at a time, which is exact but slower."
-            )
-
-    def _add(self, positions: np.ndarray, batch: Batch) -> None:
-        labels = batch["labels"]
-        if self.scorer.measures:
-            with self.gradients, torch.enable_grad():
-                logits = forward_logits(self.model, self.kind, batch)
-                losses = sample_losses(self.kind, logits, labels)
-                self.gradients.backward(losses)
-            self._add_gradients(positions, batch, losses.detach())
-        else:
-            with torch.no_grad():
-                logits = forward_logits(self.model, self.kind, batch)
-                losses = sample_losses(self.kind, logits, labels)
-        self._put("loss", positions, losses)
-        self.length[positions] = _numpy(target_lengths(self.kind, labels).clamp(min=1))
-        self._add_classes(positions, logits.detach(), labels)
-        self._reset()
-
-    def _add_gradients(self, positions: np.ndarray, batch: Batch, losses: Tensor) -> None:
-        norms = torch.as_tensor(self.norms.total).sqrt()
-        self._put("gradient_norm", positions, norms)
-        if self.sketch:
-            self.sketches[positions] = _numpy(self.sketch.take())
-        if self.lookahead:
-            stepped = self._after_own_step(batch, norms)
-            self._put("loss_reduction", positions, losses - stepped)
-
-    def _after_own_step(self, batch: Batch, norms: Tensor) -> Tensor:
-        steps = torch.full_like(norms, self.scorer.learning_rate)
-        if self.scorer.quality.preset != "paper":
-            steps = DISPLACEMENT / norms.clamp(min=1e-12)
-        with torch.no_grad(), one_step(self.gradients, self.keep, steps):
-            return forward_losses(self.model, self.kind, batch)
-
-    def _add_classes(self, positions: np.ndarray, logits: Tensor, labels: Tensor) -> None:
-        """The group of each sample, and the null of classes and numbers, free from the logits."""
-        if self.kind == CLASSIFICATION:
-            self.group[positions] = _numpy(labels)
-            self.classes = logits.shape[-1]
-            best = logits.float().topk(2)
-            self.confidence[positions] = _numpy(best.values[:, 0] - best.values[:, 1])
-            self.agrees[positions] = _numpy(best.indices[:, 0] == labels)
-        if self.kind not in (CLASSIFICATION, REGRESSION):
-            return
-        partners = _others(_numpy(labels), self.random)
-        if len(partners):
-            kept = torch.as_tensor(partners[:, 0]), torch.as_tensor(partners[:, 1])
-            wrong = labels[kept[1].to(labels.device)]
-            losses = sample_losses(self.kind, logits[kept[0].to(logits.device)], wrong)
-            self.null_loss.append(_numpy(losses))
-            self.null_group.append(
-                _numpy(wrong)
-                if self.kind == CLASSIFICATION
-                else np.zeros(len(wrong), dtype=np.int64)
-            )
-
-    def add_mismatched(self, dataset: Dataset) -> None:
-        """The null of generation: losses of inputs paired with other samples' targets."""
-        rows = subset(dataset, NULL_SAMPLES, self.scorer.seed)
-        wrong = mismatched_pairs(rows, self.kind)
-        if wrong is None:
-            return
-        losses = np.zeros(len(wrong))
-        passing = batches(
-            self.model, wrong, self.scorer.collator, self.scorer.batch_size, "permutation null"
-        )
-        with torch.no_grad():
-            for positions, batch in passing:
-                losses[positions] = _numpy(forward_losses(self.model, self.kind, batch))
-        self.null_loss.append(losses)
-        self.null_group.append(np.zeros(len(losses), dtype=np.int64))
-
-    def measurements(self, ids: np.ndarray) -> Measurements:
-        """What was measured, in the data set's order."""
+        """What was measured, in the data set's order; wrong targets' losses only with `null`."""
+        kind, names = infer_kind(model), parts.names
+        columns = {
+            name: parts.column(name) if name in names else np.full(len(rows), np.nan)
+            for name in ("loss", "gradient_norm", "loss_reduction")
+        }
+        nothing = np.zeros(0), np.zeros(0, dtype=np.int64)
+        found = self._null(parts, kind, model, rows) if null else nothing
+        _require_finite(_ids(rows), [c for n, c in columns.items() if n in FINITE and n in names])
+        group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows))
+        width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
-            ids=ids,
-            **self.columns,
-            sketch=self.sketches,
-            length=self.length,
-            group=self.group,
-            null_loss=np.concatenate(self.null_loss or [np.zeros(0)]),
-            null_group=np.concatenate(self.null_group or [np.zeros(0, dtype=np.int64)]),
-            confidence=self.confidence,
-            agrees=self.agrees,
-            classes=self.classes,
+            ids=_ids(rows),
+            **columns,
+            sketch=StoredSketches(parts) if "sketch" in names else np.zeros((len(rows), 0)),
+            length=parts.column("length").astype(np.int64),
+            group=group.astype(np.int64),
+            null_loss=found[0],
+            null_group=found[1],
+            **_predictions(parts, group) if kind == CLASSIFICATION else {},
+            classes=width,
         )
 
-    def _put(self, column: str, positions: np.ndarray, values: Tensor) -> None:
-        self.columns[column][positions] = _numpy(values)
+    def _null(self, parts: Parts, kind: str, model: nn.Module, rows: Dataset) -> Null:
+        if kind not in (CLASSIFICATION, REGRESSION):
+            losses = self._mismatched(model, kind, rows)
+            return losses, np.zeros(len(losses), dtype=np.int64)
+        labels = parts.column("label")
+        partners = others(labels, np.random.default_rng(self.seed))
+        losses = np.full(len(labels), np.nan)
+        for positions, outputs in parts.blocks("output"):
+            wrong = torch.from_numpy(labels[partners[positions]])
+            wrong = wrong.long() if kind == CLASSIFICATION else wrong.float()
+            losses[positions] = as_numpy(sample_losses(kind, torch.tensor(outputs), wrong))
+        real = labels[partners] != labels
+        group = labels[partners][real].astype(np.int64)
+        return losses[real], group if kind == CLASSIFICATION else np.zeros_like(group)
 
-    def _reset(self) -> None:
-        self.norms.total = 0.0
-        if self.sketch:
-            self.sketch.total = 0.0
-        self.keep.clear()
+    def _mismatched(self, model: nn.Module, kind: str, dataset: Dataset) -> np.ndarray:
+        """The null of generation: losses of inputs paired with other samples' targets."""
+        wrong = mismatched_pairs(subset(dataset, NULL_SAMPLES, self.seed), kind)
+        if wrong is None:
+            return np.zeros(0)
+        losses = np.zeros(len(wrong))
+        pool = Pool(model, wrong, self.collator, self.batch_size)
+        halving = Halving()
+        with _evaluating(model), torch.no_grad():
+            for planned in pool.plan:
+                for positions, batch in pool.take(planned):
+                    found = halving(lambda piece: forward_losses(model, kind, piece), batch)
+                    losses[positions] = np.concatenate([as_numpy(each) for each in found])
+        return losses
 
 
 def score_samples(
@@ -282,7 +224,9 @@ def score_samples(
     A model without adapters gets temporary ones, briefly adapted (`quality.adapt_steps` steps, 100
     where that is None) and removed after, its weights untouched; a model with LoRA adapters is
     scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
-    one, else the row numbers. `depth` below 1 is the economical mode: see `Scorer`.
+    one, else the row numbers. Batches take as much memory as `batch_size` of the longest samples,
+    and are halved when memory runs out. What is measured waits in a temporary folder, about 2 kB a
+    sample. `depth` below 1 is the economical mode: see `Scorer`.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
@@ -302,32 +246,59 @@ def score_samples(
         return scorer.score(adapted, dataset, reference)
 
 
-def _require_finite(ids: np.ndarray, columns: list[np.ndarray], what: str) -> None:
+def _predictions(parts: Parts, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """How sure the model is of its first class, and whether the label is that class (N each)."""
+    confidence, agrees = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
+    for positions, outputs in parts.blocks("output"):
+        best = torch.tensor(outputs).topk(2)
+        confidence[positions] = (best.values[:, 0] - best.values[:, 1]).numpy()
+        agrees[positions] = best.indices[:, 0].numpy() == labels[positions]
+    return {"confidence": confidence, "agrees": agrees}
+
+
+def _require_finite(ids: np.ndarray, columns: list[np.ndarray]) -> None:
     bad = ~np.all([np.isfinite(column) for column in columns], axis=0)
     if bad.any():
         named = ", ".join(str(number) for number in ids[bad][:5])
         raise TrainingError(
-            f"{what}: loss or gradient of {bad.sum()} of {len(bad)} samples is not finite (rows "
+            f"Loss or gradient of {bad.sum()} of {len(bad)} samples is not finite (rows "
             f"{named}{', ...' if bad.sum() > 5 else ''}): lower training.learning_rate, or mend "
             "these rows."
         )
 
 
-def _others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Pairs (i, j) of a batch, a random j with another label for every i that has one."""
-    differs = labels[:, None] != labels[None, :]
-    order = np.where(differs, random.random(differs.shape), -1.0)
-    partners = order.argmax(1)
-    kept = differs.any(1)
-    return np.stack([np.arange(len(labels)), partners], 1)[kept]
+def others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """For each of N samples another one, drawn among those of another label; itself if none is."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    first, last = (
+        np.searchsorted(ordered, labels, "left"),
+        np.searchsorted(ordered, labels, "right"),
+    )
+    different = len(labels) - (last - first)
+    place = (random.random(len(labels)) * different).astype(np.int64)
+    place += np.where(place >= first, last - first, 0)
+    return np.where(
+        different > 0, order[np.minimum(place, len(labels) - 1)], np.arange(len(labels))
+    )
+
+
+def _named(dataset: Dataset, reference: Dataset | None) -> list[tuple[str, Dataset]]:
+    trusted = [] if reference is None else [("reference", reference)]
+    return [("quality", dataset), *trusted]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _ids(dataset: Dataset) -> np.ndarray:
     if "id" in dataset.column_names:
         return np.asarray(dataset["id"])
     return np.arange(len(dataset))
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    result = tensor.detach().cpu()
-    return result.float().numpy() if result.is_floating_point() else result.numpy()

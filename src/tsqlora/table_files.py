@@ -10,6 +10,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tsqlora.errors import DataError
 _NUMBERED_TEXT = r"^\s*[+-]?0[0-9xX]"
 """What begins so (007, 0x1f) is a name rather than a number."""
 
+ROWS_AT_ONCE = 10_000
+"""Rows of JSON Lines that are held as Python's objects."""
 _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)
 
 
@@ -50,12 +53,30 @@ def _read(path: Path) -> pa.Table:
 
 
 def _read_json_lines(path: Path) -> pa.Table:
-    rows, lines = [], []
-    for number, line in _lines(path):
-        if line.strip():
-            rows.append(_parse(line, f"{path}, line {number}"))
-            lines.append(number)
-    return _table(rows, path, lambda row: f"line {lines[row]}")
+    """Some rows at a time, as Python's objects take several times the memory of Arrow's columns.
+
+    Where a part looks otherwise than the first, all rows are read at once, to see how they fit.
+    """
+    parts: list[pa.Table] = []
+    for rows in _json_rows(path, ROWS_AT_ONCE):
+        with suppress(DataError):
+            parts.append(_numbered_table(rows, path))
+            if parts[-1].schema == parts[0].schema:
+                continue
+        return _numbered_table(next(_json_rows(path)), path)
+    return pa.concat_tables(parts) if parts else _table([], path, str)
+
+
+def _json_rows(path: Path, most: int | None = None) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Numbered rows, at most so many at a time."""
+    filled = ((number, line) for number, line in _lines(path) if line.strip())
+    rows = ((number, _parse(line, f"{path}, line {number}")) for number, line in filled)
+    while part := list(islice(rows, most)):
+        yield part
+
+
+def _numbered_table(rows: list[tuple[int, dict[str, Any]]], path: Path) -> pa.Table:
+    return _table([row for _, row in rows], path, lambda row: f"line {rows[row][0]}")
 
 
 def _read_json(path: Path) -> pa.Table:

@@ -14,6 +14,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
 
+from tsqlora import processes
 from tsqlora.adaptation import Adaptation, default_steps
 from tsqlora.config import RunConfig
 from tsqlora.lora_layers import PEFT_TASK_TYPES, resolve_targets
@@ -28,7 +29,7 @@ def first_steps(config: RunConfig, samples: int) -> Adaptation:
     share of the steps that are left, unless the training's stays constant.
     """
     settings = {**DEFAULTS, **config.training}
-    with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
+    with processes.alone(), tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(settings, Path(folder), config.seed)
     drawn = draw_size(samples, config.quality.fraction)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps

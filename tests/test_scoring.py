@@ -1,0 +1,235 @@
+"""Scoring a pool: batches by length, memory, parts on disk, and any collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runs import WORDS, classification_run, tokenizer
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tsqlora import QualityScores, score_samples, scoring
+from tsqlora.batches import OWN, Pool, batches
+from tsqlora.config import QualityConfig
+from tsqlora.errors import DataError, ModelError
+from tsqlora.parts import Parts
+from tsqlora.pipeline import Run
+
+TERMS = ("loss", "gradient_norm", "loss_reduction", "convergence")
+
+
+def pool(kind: str, samples: int = 24, longest: int = 12) -> Dataset:
+    return Dataset.from_list(rows_of(tiny_batch(kind, samples, longest=longest)))
+
+
+def adapted(name: str) -> Any:
+    return with_lora(tiny_model(name), KINDS[name])
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    batch_size=st.integers(1, 9),
+)
+def test_batches_hold_every_sample_once_longest_first_and_never_more_than_the_longest(
+    lengths: list[int], batch_size: int
+) -> None:
+    rows = Dataset.from_list([{"input_ids": [3] * n, "labels": 0} for n in lengths])
+    plan = Pool(tiny_model("bert"), rows, collate, batch_size).plan
+    taken = np.concatenate(plan)
+    assert sorted(taken) == list(range(len(lengths)))
+    assert (np.diff(np.array(lengths)[taken]) <= 0).all()
+    most = batch_size * (max(lengths) + OWN)
+    for positions in plan:
+        assert len(positions) * (max(lengths[i] for i in positions) + OWN) <= most
+        assert len(positions) >= min(batch_size, len(lengths)) or positions is plan[-1]
+
+
+def test_a_collator_that_pads_to_a_fixed_length_gets_no_larger_batches() -> None:
+    rows = pool("classification", 64, longest=40)
+    padder = tf.DataCollatorWithPadding(tokenizer(), padding="max_length", max_length=48)
+    sizes = [len(p) for p, _ in batches(tiny_model("bert"), rows, padder, 4, "x")]
+    assert max(sizes) <= 6
+    assert sum(sizes) == 64
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_scores_do_not_depend_on_the_size_of_the_batches(name: str) -> None:
+    model, rows = adapted(name), pool(KINDS[name])
+    own = tf.DataCollatorForSeq2Seq(tokenizer()) if name == "bart" else collate
+    alone = score_samples(model, rows, own, batch_size=1)
+    for size in (3, 32):
+        together = score_samples(model, rows, own, batch_size=size)
+        for term in (*TERMS, "quality"):
+            wanted = getattr(alone, term)
+            np.testing.assert_allclose(getattr(together, term), wanted, rtol=1e-3, atol=2e-4)
+        np.testing.assert_allclose(together.loss, alone.loss, rtol=1e-5)
+        assert together.wrong_share == pytest.approx(alone.wrong_share, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_batches_are_halved_when_memory_runs_out(error: RuntimeError) -> None:
+    model, rows = adapted("bert"), pool("classification")
+    plain = score_samples(model, rows, collate, batch_size=16)
+    room = 5
+
+    def limited(_: Any, __: Any, inputs: dict[str, torch.Tensor]) -> None:
+        if len(inputs["input_ids"]) > room:
+            raise error
+
+    model.get_base_model().register_forward_pre_hook(limited, with_kwargs=True)
+    halved = score_samples(model, rows, collate, batch_size=16)
+    np.testing.assert_allclose(halved.gradient_norm, plain.gradient_norm, rtol=1e-5)
+    np.testing.assert_allclose(halved.convergence, plain.convergence, atol=1e-5)
+    room = 0
+    with pytest.raises(ModelError, match="single sample"):
+        scoring.Scorer(collate).score(model, rows)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory() -> None:
+    model, rows = adapted("bert"), pool("classification")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the shapes do not match")
+
+    model.get_base_model().register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        score_samples(model, rows, collate)
+
+
+def test_a_partner_has_another_label_and_each_is_as_likely() -> None:
+    labels = np.array([0, 1, 1, 2, 2, 2])
+    counts = np.zeros((6, 6))
+    for seed in range(3000):
+        counts[np.arange(6), scoring.others(labels, np.random.default_rng(seed))] += 1
+    differs = labels[:, None] != labels[None, :]
+    assert (counts[~differs] == 0).all()
+    np.testing.assert_allclose(counts, 3000 * differs / differs.sum(1, keepdims=True), atol=180)
+    same = scoring.others(np.ones(3), np.random.default_rng(0))
+    assert same.tolist() == [0, 1, 2]
+
+
+def text_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = dict(tokenizer()([row["words"] for row in rows], padding=True, return_tensors="pt"))
+    return {**batch, "labels": torch.tensor([row["grade"] for row in rows])}
+
+
+def collated(which: str) -> tuple[str, Dataset, Callable[..., Any]]:
+    """A model's name, rows and a collator as Trainer users have them."""
+    padded = tokenizer()
+    if which == "with padding":
+        rows = pool("classification").rename_column("labels", "label")
+        return "bert", rows, tf.DataCollatorWithPadding(padded)
+    if which == "default":
+        fixed = [{"input_ids": [3 + i % 7] * 6, "label": i % 3} for i in range(24)]
+        return "bert", Dataset.from_list(fixed), tf.default_data_collator
+    if which == "seq2seq":
+        model = tiny_model("bart")
+        return "bart", pool("seq2seq"), tf.DataCollatorForSeq2Seq(padded, model=model)
+    if which == "language modelling":
+        rows = pool("causal-lm").remove_columns(["labels"])
+        return "llama", rows, tf.DataCollatorForLanguageModeling(padded, mlm=False)
+    texts = [{"words": " ".join(WORDS[i : i + 1 + i % 5]), "grade": i % 3} for i in range(24)]
+    return "bert", Dataset.from_list(texts), text_collator
+
+
+COLLATORS = ["with padding", "default", "seq2seq", "language modelling", "own, of raw text"]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapted", "plain"])
+@pytest.mark.parametrize("which", COLLATORS)
+def test_every_collator_of_a_trainer_will_do_and_the_model_stays_as_it_was(
+    which: str, lora: bool
+) -> None:
+    name, rows, collator = collated(which)
+    model = adapted(name) if lora else tiny_model(name)
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    required = {key: p.requires_grad for key, p in model.named_parameters()}
+    scores = score_samples(model, rows, collator, QualityConfig(adapt_steps=2), batch_size=4)
+    assert len(scores.ids) == len(rows)
+    for term in TERMS:
+        assert np.isfinite(getattr(scores, term)).all()
+    assert scores.probability.sum() == pytest.approx(1)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert required == {key: p.requires_grad for key, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters()) or not lora
+    assert model.training
+
+
+def test_a_collator_that_packs_rows_is_refused() -> None:
+    packing = tf.DataCollatorWithFlattening()
+    with pytest.raises(DataError, match="made 1 samples of"):
+        score_samples(adapted("llama"), pool("causal-lm"), packing)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_scoring_cut_off_at_any_part_ends_with_the_same_bytes(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "PART", 2)
+    changes: dict[str, Any] = {"quality.reference": "validation"}
+    if task == "causal-lm":
+        from runs import save_model
+
+        changes |= {"model": str(save_model(tmp_path / "llama", "llama")), "task": task}
+        changes |= {"data.target": "label", "data.text": "{text} "}
+    config = classification_run(tmp_path, 60, **changes)
+    run = Run.start(config)
+    run.score()
+    whole = run.folder.scores.read_bytes()
+    write, written = Parts.write, 0
+
+    def cut(self: Parts, *rest: Any) -> None:
+        nonlocal written
+        if written == stop:
+            raise Killed
+        written += 1
+        write(self, *rest)
+
+    monkeypatch.setattr(Parts, "write", cut)
+    run.folder.scores.unlink()
+    cuts = 0
+    while not run.folder.scores.exists():
+        stop, written = 1 + cuts % 2, 0
+        try:
+            Run.start(config).score()
+        except Killed:
+            cuts += 1
+    assert cuts >= 3
+    assert run.folder.scores.read_bytes() == whole
+    assert not run.folder.measured.exists()
+    assert QualityScores.from_parquet(run.folder.scores).ids.tolist() == list(range(60))
+
+
+def test_parts_of_another_measurement_are_not_taken_up(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "x", 2)
+    parts.prepare("one")
+    columns = {"position": np.arange(2), "loss": np.ones(2, dtype=np.float32)}
+    parts.write(0, columns, halvings=1)
+    parts.prepare("one")
+    assert (parts.there(), parts.halvings) == ({0}, 1)
+    assert parts.column("loss").tolist() == [1, 1]
+    parts.prepare("two")
+    assert parts.there() == set()
