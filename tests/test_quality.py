@@ -171,7 +171,7 @@ def predicted(
 def test_labels_that_a_sure_model_contradicts_are_doubted_and_few_others() -> None:
     for share in (0.1, 0.2, 0.3):
         confidence, agrees, wrong = predicted(5000, share, 2.5)
-        kept = drawable(from_agreement(confidence, agrees))
+        kept = drawable(from_agreement(confidence, agrees, classes=2))
         assert kept[~wrong].mean() > 0.93
         assert kept[wrong].mean() < 0.3
 
@@ -179,8 +179,8 @@ def test_labels_that_a_sure_model_contradicts_are_doubted_and_few_others() -> No
 def test_on_clean_labels_or_with_a_model_that_knows_little_predictions_doubt_nothing() -> None:
     for share, skill in ((0.0, 2.5), (0.2, 0.2), (0.45, 2.5)):
         confidence, agrees, _ = predicted(5000, share, skill)
-        assert (from_agreement(confidence, agrees) == 1).all()
-    assert (from_agreement(np.ones(10), np.zeros(10, dtype=bool)) == 1).all()
+        assert (from_agreement(confidence, agrees, classes=2) == 1).all()
+    assert (from_agreement(np.ones(10), np.zeros(10, dtype=bool), 2) == 1).all()
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60))

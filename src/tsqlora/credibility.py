@@ -48,6 +48,8 @@ CREDIBLE = 0.7
 """A wrong target costs more than a sound one brings, so a sample must be this credible to be drawn
 (benchmarks/LOG.md), unless that would leave out more than `LOSABLE` of the sound ones."""
 LOSABLE = 0.05
+SURE = 0.7
+"""Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
 STEEPEST = 1.6
 """Above this ratio of f between the third and the last quarter of u, right targets reach into the
 null's range: the model does not know the task well enough for its losses to judge the targets."""
@@ -116,20 +118,19 @@ def from_null(u: Floats, classes: int | None = None) -> Credibility:
     return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
 
 
-def from_agreement(confidence: Floats, agrees: NDArray[np.bool_]) -> Floats:
+def from_agreement(confidence: Floats, agrees: NDArray[np.bool_], classes: int) -> Floats:
     """c_i (N) of class labels by the model's own predictions; all 1 where they are no guide.
 
     `confidence` is the log-odds of the model's first class against its second, whatever the label,
-    `agrees` whether the label is the first. s(a) is fitted increasing; π̂ = 1 - s over the surest
-    quarter. No guide: too few samples, π̂ below 2 % or above 35 %, or s still rising there.
+    `agrees` whether the label is the first. s(a) is fitted increasing; 1 - π̂ is its level over the
+    surest quarter. No guide: too few samples, a model not sure of that quarter (`SURE`), a level
+    over 98 % (nothing is wrong) or below ½ + 0.3/C (guessing could look like that).
     """
     if len(agrees) < ENOUGH:
         return np.ones(len(agrees))
-    half, quarter = np.quantile(confidence, [0.5, 0.75])
-    level = float(agrees[confidence >= quarter].mean())
-    before = agrees[(confidence >= half) & (confidence < quarter)]
-    still_rising = len(before) > 0 and level - float(before.mean()) > 0.15
-    if not 0.65 <= level <= 0.98 or still_rising:
+    surest = np.quantile(confidence, 0.75)
+    level = float(agrees[confidence >= surest].mean())
+    if surest < SURE or not 0.5 + 0.3 / classes <= level <= 0.98:
         return np.ones(len(agrees))
     share = IsotonicRegression(increasing=True).fit_transform(confidence, agrees.astype(float))
     doubted = np.clip((level - share) / np.maximum(1 - share, 1e-12), 0, 1)

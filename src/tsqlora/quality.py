@@ -194,7 +194,7 @@ def credibility(pool: Measurements, reference: Measurements | None = None) -> Cr
     found = _by_loss(pool, reference)
     if len(pool.agrees) == 0:
         return found
-    values = found.values * from_agreement(pool.confidence, pool.agrees)
+    values = found.values * from_agreement(pool.confidence, pool.agrees, pool.classes or 2)
     doubtful = int((~drawable(values)).sum())
     if doubtful <= (~drawable(found.values)).sum():
         return found
