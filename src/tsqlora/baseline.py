@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from peft import LoraConfig
 from transformers import Trainer, set_seed
 
+from tsqlora.finished import measure
 from tsqlora.inputs import Inputs
-from tsqlora.lora_layers import resolve_targets, wrap
-from tsqlora.metrics import evaluate
+from tsqlora.lora_layers import wrap
 from tsqlora.training import training_arguments
+from tsqlora.two_parts import uniform_config
 
 
 def train_plain_lora(inputs: Inputs, steps: int) -> dict[str, float]:
@@ -22,23 +22,12 @@ def train_plain_lora(inputs: Inputs, steps: int) -> dict[str, float]:
     """
     config, task = inputs.config, inputs.task
     base = inputs.base_model()
-    rank = max(1, round(config.ranks.mean_rank or 8))
     set_seed(config.seed)
-    model = wrap(
-        base,
-        LoraConfig(
-            r=rank,
-            lora_alpha=config.adapter.scale * rank,  # type: ignore[arg-type]
-            lora_dropout=config.adapter.dropout,
-            target_modules=resolve_targets(base, task.kind, config.adapter.target_modules),
-            modules_to_save=list(config.adapter.modules_to_save) or None,
-            task_type=task.peft_task_type,
-        ),
-    )
+    model = wrap(base, uniform_config(config, base, config.adapter.dropout))
     settings = {**config.training, "max_steps": steps, "save_strategy": "no"}
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(settings, Path(folder), config.seed)
         data = inputs.splits.train
         Trainer(model, arguments, train_dataset=data, data_collator=task.collate).train()
     split = list(inputs.splits.measured.values())[-1]
-    return evaluate(task, model, split, config.metrics or task.default_metrics)
+    return measure(config, task, model, split)

@@ -239,6 +239,17 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
         model.train(training)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _forward_parameters(model: nn.Module) -> Sequence[str]:
     inner = getattr(model, "get_base_model", lambda: model)()
     return list(inspect.signature(inner.forward).parameters)
@@ -256,8 +267,3 @@ def subset(dataset: Dataset, most: int, seed: int) -> Dataset:
         return dataset
     chosen = np.random.default_rng(seed).choice(len(dataset), most, replace=False)
     return dataset.select(np.sort(chosen))
-
-
-def no_grad_unless(wanted: bool) -> Any:
-    """A context in which gradients are recorded only when `wanted`."""
-    return torch.enable_grad() if wanted else torch.no_grad()

@@ -48,7 +48,7 @@ class Parts:
         return {int(file.stem.removeprefix("part-")) for file in self._files()}
 
     def write(self, part: int, columns: dict[str, np.ndarray], halvings: int) -> None:
-        """Write a part; `halvings` (see `batches.Halving`) is kept beside it."""
+        """Write a part; `halvings` (see `memory.Halving`) is kept beside it."""
         table = pa.table({name: _to_arrow(values) for name, values in columns.items()})
         table = table.replace_schema_metadata({"halvings": str(halvings)})
         with atomic_file(self.folder / f"part-{part:06}.parquet") as file:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments, set_seed
 
 from tsqlora import processes
-from tsqlora.adaptation import adapt_briefly
+from tsqlora.adaptation import Adaptation, adapt_briefly
 from tsqlora.adapter import check_plan, export_adapter, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
@@ -113,7 +113,7 @@ class Run:
     def _adapt(self, model: PeftModel) -> None:
         """In one process, whatever their number, so that all score under the same model."""
         check_run(self.config, model, self.inputs.splits)
-        first = first_steps(self.config, len(self.inputs.splits.train))
+        first = self.first
         logger.info("0/4 Brief adaptation: %d steps of %d samples", first.steps, first.batch)
         with processes.alone(), counted(self.folder, "adaptation", first.steps * first.batch):
             adapt_briefly(model, self.inputs.splits.train, self.inputs.task.collate, first)
@@ -248,20 +248,24 @@ class Run:
         """What the run left, once it is trained."""
         return FinishedRun(self.config, self.folder)
 
+    @cached_property
+    def first(self) -> Adaptation:
+        """How stage 0 goes."""
+        return first_steps(self.config, len(self.inputs.splits.train))
+
     @property
     def arguments(self) -> TrainingArguments:
         """The `TrainingArguments` of stage 4, made anew: they set accelerate's global state."""
-        return last_arguments(self.config, len(self.inputs.splits.train), self.folder.training)
+        return last_arguments(self.config, self.first, self.folder.training)
 
     @cached_property
     def scorer(self) -> Scorer:
         """How samples are measured: in the batches and at the rate of the training."""
-        first = first_steps(self.config, len(self.inputs.splits.train))
         return Scorer(
             self.inputs.task.collate,
             self.config.quality,
-            first.learning_rate,
-            first.batch_size,
+            self.first.learning_rate,
+            self.first.batch_size,
             self.config.seed,
         )
 

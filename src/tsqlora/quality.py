@@ -148,7 +148,7 @@ def quality_scores(
     `default` puts each term on a robust scale, takes their weighted mean, and draws
     p_i ∝ c_i·exp(Q_i/τ) among the credible, mixed with a little uniform; with `reference`
     (trusted samples) ΔC is the cosine with their mean gradient and they calibrate c. `selected` is
-    left all true: `select` marks the draw.
+    left all true: `Scorer.scores` marks the draw.
     """
     if config.preset == "paper":
         convergence = _pool_cosine(pool)

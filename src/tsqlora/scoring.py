@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,15 @@ from torch import nn
 from tsqlora import processes
 from tsqlora.adaptation import FEW, Adaptation, adapt_briefly
 from tsqlora.artefacts import digest
-from tsqlora.batches import Collator, Pool, forward_losses, progress, require_samples, subset
+from tsqlora.batches import (
+    Collator,
+    Pool,
+    evaluating,
+    forward_losses,
+    progress,
+    require_samples,
+    subset,
+)
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, TrainingError
 from tsqlora.lora_layers import has_lora, temporary_adapter
@@ -104,7 +111,7 @@ class Scorer:
             raise DataError("There is no sample to score: the data set is empty.")
         share = share or (processes.index(), processes.count())
         key = digest(inputs, self.batch_size, len(dataset), self.seed, self.depth)
-        with _evaluating(model):
+        with evaluating(model):
             for what, rows in _named(dataset, reference):
                 parts = Parts(folder / what, len(rows))
                 if share[0] == 0:
@@ -160,9 +167,9 @@ class Scorer:
             name: parts.column(name) if name in names else np.full(len(rows), np.nan)
             for name in ("loss", "gradient_norm", "loss_reduction")
         }
+        _require_finite(_ids(rows), [c for n, c in columns.items() if n in FINITE and n in names])
         nothing = np.zeros(0), np.zeros(0, dtype=np.int64)
         found = self._null(parts, kind, model, rows) if null else nothing
-        _require_finite(_ids(rows), [c for n, c in columns.items() if n in FINITE and n in names])
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows))
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
@@ -200,7 +207,7 @@ class Scorer:
         losses = np.zeros(len(wrong))
         pool = Pool(model, wrong, self.collator, self.batch_size)
         halving = Halving()
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for planned in pool.plan:
                 for positions, batch in pool.take(planned):
                     found = halving(lambda piece: forward_losses(model, kind, piece), batch)
@@ -286,16 +293,6 @@ def others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def _named(dataset: Dataset, reference: Dataset | None) -> list[tuple[str, Dataset]]:
     trusted = [] if reference is None else [("reference", reference)]
     return [("quality", dataset), *trusted]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _ids(dataset: Dataset) -> np.ndarray:

@@ -22,6 +22,7 @@ from tsqlora.batches import (
     Batch,
     Collator,
     batches,
+    evaluating,
     forward_losses,
     require_samples,
     singly,
@@ -107,8 +108,7 @@ def layer_sensitivity(
     with ExitStack() as stack:
         if not has_lora(model):
             stack.enter_context(temporary_adapter(model, kind, 1, target_modules=target_modules))
-        stack.callback(model.train, model.training)
-        model.eval()
+        stack.enter_context(evaluating(model))
         meter = _Meter(model, kind, estimator, seed)
         for _, batch in batches(model, rows, collator, batch_size, "layer sensitivity"):
             meter.add(batch)

@@ -47,9 +47,8 @@ def first_steps(config: RunConfig, samples: int) -> Adaptation:
     )
 
 
-def last_arguments(config: RunConfig, samples: int, folder: Path) -> TrainingArguments:
+def last_arguments(config: RunConfig, first: Adaptation, folder: Path) -> TrainingArguments:
     """The second part's `TrainingArguments`: the rate goes on from where the first ended."""
-    first = first_steps(config, samples)
     settings: dict[str, Any] = {
         **config.training,
         "learning_rate": first.ends_at * first.learning_rate,
@@ -57,12 +56,13 @@ def last_arguments(config: RunConfig, samples: int, folder: Path) -> TrainingArg
     return training_arguments(settings, folder, config.seed)
 
 
-def uniform_config(config: RunConfig, base: PreTrainedModel) -> LoraConfig:
-    """The first part's adapter: the mean rank in every module."""
+def uniform_config(config: RunConfig, base: PreTrainedModel, dropout: float = 0.0) -> LoraConfig:
+    """The mean rank in every module: the first part's adapter, and plain LoRA's."""
     adapter, rank = config.adapter, max(1, round(config.ranks.mean_rank or 8))
     return LoraConfig(
         r=rank,
         lora_alpha=adapter.scale * rank,  # type: ignore[arg-type]
+        lora_dropout=dropout,
         target_modules=resolve_targets(base, config.task, adapter.target_modules),
         modules_to_save=list(adapter.modules_to_save) or None,
         task_type=PEFT_TASK_TYPES[config.task],
