@@ -38,6 +38,7 @@ PUBLIC = {
 }  # fmt: skip
 
 FILE_LINES, FUNCTION_LINES = 350, 60
+FILE_BYTES = 150_000
 
 modules = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
 each_module = pytest.mark.parametrize("module", modules)
@@ -102,6 +103,16 @@ def test_files_and_functions_stay_short(module: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
+
+
+def test_no_tracked_file_is_data_or_a_model() -> None:
+    root = SOURCE.parents[1]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [root / name for name in listed.stdout.split("\0") if name]
+    sizes = {file.name: file.stat().st_size for file in files if file.exists()}
+    assert max(sizes.values()) <= FILE_BYTES, max(sizes, key=sizes.__getitem__)
 
 
 def test_the_light_modules_import_neither_torch_nor_transformers() -> None:
