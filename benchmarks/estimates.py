@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tsqlora.adaptation import adapt_briefly
 from tsqlora.batches import batches, forward_losses
+from tsqlora.config import QualityConfig
 from tsqlora.lookahead import first_order, one_step, second_order
 from tsqlora.lora_layers import temporary_adapter
 from tsqlora.losses import infer_kind
@@ -72,12 +73,11 @@ def correlation(left: Any, right: Any) -> float:
 def depths(model: Any, rows: Any, collate: Any) -> dict[str, float]:
     """Spearman of the economical mode's Q with the full one's."""
     full = Scorer(collate).score(model, rows).quality
-    return {
-        str(depth): round(
-            correlation(Scorer(collate, depth=depth).score(model, rows).quality, full), 3
-        )
-        for depth in (0.05, 0.1, 0.2, 0.3, 0.5)
-    }
+    found = {}
+    for depth in (0.05, 0.1, 0.2, 0.3, 0.5):
+        scorer = Scorer(collate, QualityConfig(depth=depth))
+        found[str(depth)] = round(correlation(scorer.score(model, rows).quality, full), 3)
+    return found
 
 
 def references(model: Any, rows: Any, trusted: Any, collate: Any) -> dict[str, float]:

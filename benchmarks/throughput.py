@@ -115,7 +115,7 @@ def measure(name: str, order: str, shared: Path) -> dict[str, float]:
     if order == "data set order":
         size = settings["batch_size"]
         pool.plan = np.array_split(np.arange(len(rows)), range(size, len(rows), size))
-    meter = Meter(model, task.kind, Scorer(task.collate).measures)
+    meter = Meter(model, task.kind, Scorer(task.collate).wanted)
     _, first = next(pool.take(np.arange(2)))
     meter.measure(first)  # whatever is made once
     largest = max(pool.plan, key=lambda p: len(p) * pool.tokens[p].max())

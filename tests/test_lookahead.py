@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reference import looped_curvature, looped_lookahead, loss_of
+from reference import looped_curvature, looped_gradients, looped_lookahead, loss_of
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
-from tsqlora.lookahead import first_order, one_step, second_order
+from tsqlora.config import QualityConfig
+from tsqlora.lookahead import NUDGE, first_order, one_step, second_order
 from tsqlora.per_sample_grads import Keep, PerSampleGradients, SquaredNorms
 from tsqlora.scoring import Scorer
 
+LOOKAHEADS: tuple[Any, ...] = ("exact", "first_order", "second_order")
 NAMES = ["bert", "albert", "bart", "t5", "gpt2", "llama", "qwen2-moe"]
 
 
@@ -118,9 +120,59 @@ def test_the_model_is_as_it_was_after_a_step() -> None:
 def test_the_economical_mode_scores_every_sample_for_fewer_passes() -> None:
     model = with_lora(tiny_model("bert"), "classification")
     rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=24)))
-    full, economical = Scorer(collate, batch_size=4), Scorer(collate, batch_size=4, depth=0.3)
+    full, economical = (
+        Scorer(collate, QualityConfig(depth=depth), batch_size=4) for depth in (1.0, 0.3)
+    )
     assert economical.passes("classification", 24) < 0.7 * full.passes("classification", 24)
     scores, all_layers = economical.score(model, rows), full.score(model, rows)
     assert np.array_equal(scores.loss, all_layers.loss)
     assert (scores.gradient_norm < all_layers.gradient_norm).all()
     assert np.isfinite(scores.quality).all()
+
+
+@settings(max_examples=10)
+@given(
+    name=st.sampled_from(["bert", "bart", "gpt2"]),
+    samples=st.integers(1, 5),
+    preset=st.sampled_from(["default", "paper"]),
+    seed=st.integers(0, 10**6),
+)
+def test_scores_take_the_estimate_that_was_asked_for(
+    name: str, samples: int, preset: Any, seed: int
+) -> None:
+    """First order: η‖g‖²; second: with the curvature of a small step really taken; exact: steps."""
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name, seed), kind)
+    rows = Dataset.from_list(rows_of(tiny_batch(kind, samples, seed)))
+    batch = collate(list(rows))
+    double = with_lora(tiny_model(name, seed, double=True), kind)
+    double.load_state_dict(model.state_dict())
+    gradients = looped_gradients(double, kind, batch)
+    squared = torch.stack([sum(g.square().sum() for g in each.values()) for each in gradients])
+    steps = 0.5 / squared.sqrt() if preset == "default" else torch.full_like(squared, 1e-3)
+    before, small = loss_of(double, kind, batch).detach(), NUDGE / squared.sqrt()
+    nudged = looped_lookahead(double, kind, batch, small)
+    slope = steps * squared
+    bend = (steps / small).square() * (nudged - before + small * squared)
+    wanted = {
+        "first_order": slope,
+        "second_order": torch.where(bend > 0, slope.square() / (slope + bend), slope - bend),
+        "exact": before - looped_lookahead(double, kind, batch, steps),
+    }
+    for lookahead, expected in wanted.items():
+        scorer = Scorer(collate, QualityConfig(preset=preset, lookahead=lookahead))
+        got = torch.from_numpy(scorer.score(model, rows).loss_reduction)
+        assert torch.allclose(got.double(), expected, rtol=1e-3, atol=2e-4), lookahead
+
+
+def test_the_first_order_costs_no_forward() -> None:
+    wanted = [Scorer(collate, QualityConfig(lookahead=each)).wanted for each in LOOKAHEADS]
+    assert [each.halves for each in wanted] == [3, 2, 3]
+    forwards = []
+    for lookahead in LOOKAHEADS:
+        model, calls = with_lora(tiny_model("bert"), "classification"), []
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=6)))
+        Scorer(collate, QualityConfig(lookahead=lookahead)).score(model, rows)
+        forwards.append(len(calls))
+    assert forwards[0] == forwards[2] == forwards[1] + 1

@@ -90,6 +90,11 @@ class QualityConfig:
     `fraction` of the pool is kept, or drawn each epoch. `reference` is a source of trusted samples,
     or the word validation. `adapt_steps` optimizer steps on the whole pool come before scoring;
     null takes as many as the training itself takes after, at most 500.
+
+    `lookahead` is how the loss reduction of a sample's own step is had: exact by a further forward;
+    `first_order` for nothing, but it ranks as the gradient norm does; `second_order` by a forward
+    too. `depth` below 1 is the economical mode: gradients of the last layers only, which hold this
+    share of the adapted weights. What both are worth: docs/choices.md.
     """
 
     fraction: _Share = 0.5
@@ -99,6 +104,8 @@ class QualityConfig:
     reference: _Path | None = None
     mode: Literal["upfront", "online"] = "upfront"
     adapt_steps: _CountOrZero | None = None
+    lookahead: Literal["exact", "first_order", "second_order"] = "exact"
+    depth: _Share = 1.0
 
 
 @dataclass(frozen=True)

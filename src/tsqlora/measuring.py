@@ -5,7 +5,7 @@ What is measured of a sample does not depend on the batch it is in.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from tsqlora.batches import Batch, forward_logits, forward_losses, singly
 from tsqlora.hooks import SharedInput
-from tsqlora.lookahead import one_step
+from tsqlora.lookahead import first_order, one_step, second_order
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses, target_lengths
 from tsqlora.memory import Halving, out_of_memory
 from tsqlora.per_sample_grads import (
@@ -35,40 +35,61 @@ DISPLACEMENT = 0.5
 """‖η_i g_i‖ of the lookahead step in preset `default`: every sample moves the model as far."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured of every sample.
+
+    Attributes:
+        terms: of gradient_norm, loss_reduction and convergence; with none a forward alone gives the
+            losses.
+        learning_rate: η of the lookahead, or None for a step of unit displacement.
+        lookahead: exact, first_order or second_order (`lookahead.py`).
+        depth: below 1, gradients of the last layers only, that hold this share of the weights.
+        seed: of the sketches.
+    """
+
+    terms: tuple[str, ...] = ()
+    learning_rate: float | None = None
+    lookahead: str = "exact"
+    depth: float = 1.0
+    seed: int = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every sample's gradients are wanted once more after the backward."""
+        return "loss_reduction" in self.terms and self.lookahead != "first_order"
+
+    @property
+    def halves(self) -> float:
+        """Half passes of a sample: forwards and backwards, as deep as they go."""
+        return 1 + self.depth * (bool(self.terms) + self.keeps)
+
+
 class Meter:
     """Measures batches under `model` as it stands.
 
     Columns of every sample: `loss`, `length` (target tokens); `gradient_norm`, `sketch` (k) and
-    `loss_reduction` as `measures` names them; of a class or number also `label` and `output` (C),
-    the logits, from which the losses of other targets are had for nothing.
+    `loss_reduction` as they are `wanted`; of a class or number also `label` and `output` (C), the
+    logits, from which the losses of other targets are had for nothing.
 
     Attributes:
-        measures: the terms wanted; with none of them a forward alone gives the losses.
-        learning_rate: η of the lookahead, or None for a step of unit displacement.
+        wanted: what is measured.
         halving: of batches, once memory has run out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        kind: str,
-        measures: Set[str],
-        learning_rate: float | None = None,
-        seed: int = 0,
-        depth: float = 1.0,
-    ) -> None:
-        self.model, self.kind, self.measures = model, kind, measures
-        self.learning_rate, self.halving = learning_rate, Halving()
-        self.norms, self.sketch, self.keep = SquaredNorms(), Sketch(seed=seed), Keep()
+    def __init__(self, model: nn.Module, kind: str, wanted: Wanted) -> None:
+        self.model, self.kind, self.wanted = model, kind, wanted
+        self.halving = Halving()
+        self.norms, self.sketch, self.keep = SquaredNorms(), Sketch(seed=wanted.seed), Keep()
         reducers: list[Reducer] = [self.norms]
-        reducers += [self.sketch] if "convergence" in measures else []
-        reducers += [self.keep] if "loss_reduction" in measures else []
-        self.gradients = PerSampleGradients(model, *reducers, depth=depth)
+        reducers += [self.sketch] if "convergence" in wanted.terms else []
+        reducers += [self.keep] if wanted.keeps else []
+        self.gradients = PerSampleGradients(model, *reducers, depth=wanted.depth)
         self.single: bool | None = None
 
     def prepare(self, batch: Batch) -> None:
         """See in the first samples of a batch whether samples can be told apart in one."""
-        if not self.measures:
+        if not self.wanted.terms:
             return
         try:
             self._decide(not separable(self.model, self.kind, batch))
@@ -103,7 +124,7 @@ class Meter:
         labels = batch["labels"]
         self.norms.total = self.sketch.total = 0.0
         try:
-            if self.measures:
+            if self.wanted.terms:
                 with self.gradients, torch.enable_grad():
                     logits = forward_logits(self.model, self.kind, batch)
                     losses = sample_losses(self.kind, logits, labels)
@@ -125,19 +146,28 @@ class Meter:
     def _of_gradients(self, batch: Batch, losses: Tensor) -> dict[str, Tensor]:
         norms = torch.as_tensor(self.norms.total).sqrt()
         found = {"gradient_norm": norms}
-        if "convergence" in self.measures:
+        if "convergence" in self.wanted.terms:
             found["sketch"] = self.sketch.take()
-        if "loss_reduction" in self.measures:
-            found["loss_reduction"] = losses - self._after_own_step(batch, norms)
+        if "loss_reduction" in self.wanted.terms:
+            found["loss_reduction"] = self._loss_reduction(batch, losses, norms)
         return found
 
-    def _after_own_step(self, batch: Batch, norms: Tensor) -> Tensor:
-        if self.learning_rate is None:
+    def _loss_reduction(self, batch: Batch, losses: Tensor, norms: Tensor) -> Tensor:
+        if self.wanted.learning_rate is None:
             steps = DISPLACEMENT / norms.clamp(min=1e-12)
         else:
-            steps = torch.full_like(norms, self.learning_rate)
-        with torch.no_grad(), one_step(self.gradients, self.keep, steps):
+            steps = torch.full_like(norms, self.wanted.learning_rate)
+        if self.wanted.lookahead == "first_order":
+            return first_order(norms.square(), steps)
+
+        def forward() -> Tensor:
             return forward_losses(self.model, self.kind, batch)
+
+        if self.wanted.lookahead == "second_order":
+            squared = norms.square()
+            return second_order(self.gradients, self.keep, losses, squared, steps, forward)
+        with torch.no_grad(), one_step(self.gradients, self.keep, steps):
+            return losses - forward()
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

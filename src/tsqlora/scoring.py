@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,11 +24,11 @@ from tsqlora.batches import (
     require_samples,
     subset,
 )
-from tsqlora.config import QualityConfig
+from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError, TrainingError
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import CLASSIFICATION, REGRESSION, infer_kind, sample_losses
-from tsqlora.measuring import Columns, Meter, as_numpy
+from tsqlora.measuring import Columns, Meter, Wanted, as_numpy
 from tsqlora.memory import Halving
 from tsqlora.mismatch import mismatched_pairs
 from tsqlora.parts import Parts, StoredSketches
@@ -58,8 +58,6 @@ class Scorer:
         batch_size: of the longest samples, how many come in a batch; of shorter ones more do, and
             fewer of all once memory has run out.
         seed: of the draws and the null.
-        depth: below 1, the economical mode: gradients of the last layers only, that hold this share
-            of the adapted weights; the backward ends there, and the lookahead begins there.
     """
 
     collator: Collator
@@ -67,19 +65,23 @@ class Scorer:
     learning_rate: float = 1e-3
     batch_size: int = 32
     seed: int = 0
-    depth: float = 1.0
 
     @property
-    def measures(self) -> frozenset[str]:
-        """The terms whose weight is not 0; with none of them a forward alone gives the losses."""
-        weights = self.quality.weights
-        return frozenset(f.name for f in fields(weights) if getattr(weights, f.name) != 0)
+    def wanted(self) -> Wanted:
+        """What is measured: the terms whose weight is not 0."""
+        quality = self.quality
+        return Wanted(
+            tuple(f.name for f in fields(QualityWeights) if getattr(quality.weights, f.name)),
+            self.learning_rate if quality.preset == "paper" else None,
+            quality.lookahead,
+            quality.depth,
+            self.seed,
+        )
 
     def passes(self, kind: str, samples: int) -> float:
         """Passes it takes to score so many samples; a forward alone counts ½."""
-        halves = 1 + self.depth * (bool(self.measures) + ("loss_reduction" in self.measures))
         null = 0 if kind in (CLASSIFICATION, REGRESSION) else min(samples, NULL_SAMPLES)
-        return 0.5 * (halves * samples + null)
+        return 0.5 * (self.wanted.halves * samples + null)
 
     def score(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None = None
@@ -110,7 +112,7 @@ class Scorer:
         if len(dataset) == 0:
             raise DataError("There is no sample to score: the data set is empty.")
         share = share or (processes.index(), processes.count())
-        key = digest(inputs, self.batch_size, len(dataset), self.seed, self.depth)
+        key = digest(inputs, self.batch_size, len(dataset), asdict(self.wanted))
         with evaluating(model):
             for what, rows in _named(dataset, reference):
                 parts = Parts(folder / what, len(rows))
@@ -137,8 +139,7 @@ class Scorer:
         self, parts: Parts, model: nn.Module, rows: Dataset, what: str, share: tuple[int, int]
     ) -> None:
         pool = Pool(model, rows, self.collator, self.batch_size)
-        rate = self.learning_rate if self.quality.preset == "paper" else None
-        meter = Meter(model, infer_kind(model), self.measures, rate, self.seed, self.depth)
+        meter = Meter(model, infer_kind(model), self.wanted)
         meter.halving.halvings = parts.halvings
         there, (first, every) = parts.there(), share
         numbers = [n for n in range(first, -(-len(pool.plan) // PART), every) if n not in there]
@@ -224,7 +225,6 @@ def score_samples(
     learning_rate: float = 1e-3,
     batch_size: int = 32,
     seed: int = 0,
-    depth: float = 1.0,
 ) -> QualityScores:
     """The quality of every row of `dataset` under `model` (TsqLoRA §3; formulas in `quality.py`).
 
@@ -233,14 +233,14 @@ def score_samples(
     scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
     one, else the row numbers. Batches take as much memory as `batch_size` of the longest samples,
     and are halved when memory runs out. What is measured waits in a temporary folder, about 2 kB a
-    sample. `depth` below 1 is the economical mode: see `Scorer`.
+    sample.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
         DataError: there is no row, or the batches hold no labels.
         TrainingError: losses or gradients are not finite.
     """
-    scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed, depth)
+    scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
     require_samples(model, dataset, collator)
     with ExitStack() as stack:
         adapted = model
