@@ -58,6 +58,17 @@ def looped_lookahead(model: nn.Module, kind: str, batch: Batch, steps: Tensor) -
     return torch.stack(losses)
 
 
+def looped_alignment(model: nn.Module, kind: str, batch: Batch, trusted: Batch) -> Tensor:
+    """The cosine of every sample's gradient with the mean unit gradient of trusted samples."""
+
+    def flat(which: Batch) -> Tensor:
+        gradients = looped_gradients(model, kind, which)
+        return torch.stack([torch.cat([g.flatten() for g in each.values()]) for each in gradients])
+
+    mean = nn.functional.normalize(flat(trusted)).mean(0)
+    return nn.functional.cosine_similarity(flat(batch), mean[None])
+
+
 def looped_curvature(model: nn.Module, kind: str, batch: Batch) -> Tensor:
     """g_iᵀ H_i g_i of every sample, by a second backward."""
     weights = list(PerSampleGradients(model).weights.values())

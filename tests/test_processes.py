@@ -25,7 +25,10 @@ def score_in_subprocess(folder: Path, config: Path, script: str, *launcher: str)
     return subprocess.run(command, check=False, capture_output=True).returncode
 
 
-def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_scores_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "PART", 2)
     config = classification_run(tmp_path, 80, **{"quality.reference": "validation"})
     run = Run.start(config)
     alone = run.score()
@@ -52,6 +55,7 @@ scoring.Parts.write = noted
     np.testing.assert_allclose(together.quality, alone.quality, rtol=0, atol=1e-6)
     np.testing.assert_allclose(together.probability, alone.probability, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(together.selected, alone.selected)
+    assert two.folder.scores.read_bytes() == run.folder.scores.read_bytes()
 
 
 def test_scoring_that_was_killed_goes_on_to_the_same_bytes(

@@ -74,12 +74,11 @@ def test_convergence_leaves_the_sample_itself_out() -> None:
         assert got[i] == pytest.approx(units[i] @ mean / np.linalg.norm(mean))
 
 
-def test_convergence_is_towards_the_reference_where_there_is_one() -> None:
-    pool, reference = measured(), measured(seed=1)
-    units = reference.sketch / np.linalg.norm(reference.sketch, axis=1, keepdims=True)
-    mean = units.mean(0) / np.linalg.norm(units.mean(0))
-    expected = pool.sketch @ mean / np.linalg.norm(pool.sketch, axis=1)
-    np.testing.assert_allclose(convergence_terms(pool, reference), expected)
+def test_convergence_is_towards_the_reference_where_it_was_known() -> None:
+    pool = replace(measured(), alignment=np.linspace(-1, 1, 200))
+    np.testing.assert_array_equal(convergence_terms(pool), pool.alignment)
+    got = quality_scores(pool, QualityConfig(), measured(seed=1))
+    np.testing.assert_array_equal(got.convergence, pool.alignment)
 
 
 @given(st.integers(0, 10**6), st.floats(0.05, 5))

@@ -13,10 +13,12 @@ import transformers as tf
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from reference import looped_alignment
 from runs import WORDS, classification_run, tokenizer
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
-from tsqlora import QualityScores, score_samples, scoring
+from tsqlora import QualityScores, null, score_samples, scoring
 from tsqlora.batches import OWN, Pool, batches
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, ModelError
@@ -116,11 +118,11 @@ def test_a_partner_has_another_label_and_each_is_as_likely() -> None:
     labels = np.array([0, 1, 1, 2, 2, 2])
     counts = np.zeros((6, 6))
     for seed in range(3000):
-        counts[np.arange(6), scoring.others(labels, np.random.default_rng(seed))] += 1
+        counts[np.arange(6), null.others(labels, np.random.default_rng(seed))] += 1
     differs = labels[:, None] != labels[None, :]
     assert (counts[~differs] == 0).all()
     np.testing.assert_allclose(counts, 3000 * differs / differs.sum(1, keepdims=True), atol=180)
-    same = scoring.others(np.ones(3), np.random.default_rng(0))
+    same = null.others(np.ones(3), np.random.default_rng(0))
     assert same.tolist() == [0, 1, 2]
 
 
@@ -178,6 +180,77 @@ def test_a_collator_that_packs_rows_is_refused() -> None:
     packing = tf.DataCollatorWithFlattening()
     with pytest.raises(DataError, match="made 1 samples of"):
         score_samples(adapted("llama"), pool("causal-lm"), packing)
+
+
+def embeddings_too(kind: str) -> Any:
+    model = tiny_model("bert")
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return with_lora(model, kind, target_modules=["word_embeddings", *names[:4]])
+
+
+@settings(max_examples=15)
+@given(
+    name=st.sampled_from(["bert", "bart", "gpt2", "qwen2-moe", "embeddings"]),
+    samples=st.integers(1, 9),
+    trusted=st.integers(1, 9),
+    batch_size=st.integers(1, 4),
+    part=st.integers(1, 2),
+    seed=st.integers(0, 10**6),
+)
+def test_convergence_towards_a_reference_is_the_exact_cosine_with_its_mean_unit_gradient(
+    name: str, samples: int, trusted: int, batch_size: int, part: int, seed: int
+) -> None:
+    kind = KINDS.get(name, "classification")
+    model = embeddings_too(kind) if name == "embeddings" else adapted(name)
+    batches = [tiny_batch(kind, samples, seed), tiny_batch(kind, trusted, seed + 1)]
+    rows, reference = (Dataset.from_list(rows_of(batch)) for batch in batches)
+    scorer = scoring.Scorer(collate, batch_size=batch_size)
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+        patch.setattr(scoring, "PART", part)
+        got = scorer.score(model, rows, reference).convergence
+        wanted = looped_alignment(model, kind, *batches).detach().numpy()
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_a_reference_is_flat_in_memory_takes_no_step_and_leaves_few_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "PART", 1)
+    monkeypatch.setattr(scoring, "MOST_SUMS", 3)
+    model, rows = adapted("bert"), pool("classification")
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    scorer = scoring.Scorer(collate, batch_size=4)
+    assert scorer.passes("classification", 20, 24) == 1.5 * 20 + 24
+    scorer.measure(model, rows.select(range(2)), rows, tmp_path)
+    reference = Parts(tmp_path / "reference", len(rows))
+    sums = list(reference.folder.glob("*.safetensors"))
+    assert 1 < len(sums) <= 3
+    assert len(sums) == len(reference.there())
+    batches_taken = len(Pool(model, rows, collate, 4).plan)
+    assert len(forwards) <= (batches_taken + 4) + (2 + 3)  # and a first look at three samples each
+    assert "sketch" not in reference.names
+    assert "sketch" not in Parts(tmp_path / "quality", 2).names
+
+
+def test_a_reference_is_summed_once_though_memory_ran_out() -> None:
+    model, rows = adapted("bert"), pool("classification")
+    plain = scoring.Scorer(collate, batch_size=16).score(model, rows, rows).convergence
+    rooms = iter([16, 16, 16, 16, 9, 5, 9, 5, 9])
+
+    def limited(_: Any, __: Any, inputs: dict[str, torch.Tensor]) -> None:
+        if len(inputs["input_ids"]) > next(rooms, 8):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.get_base_model().register_forward_pre_hook(limited, with_kwargs=True)
+    halved = scoring.Scorer(collate, batch_size=16).score(model, rows, rows).convergence
+    np.testing.assert_allclose(halved, plain, atol=1e-5)
+
+
+def test_an_empty_reference_is_refused() -> None:
+    rows = pool("classification")
+    with pytest.raises(DataError, match="reference is empty"):
+        score_samples(adapted("bert"), rows, collate, reference=rows.select([]))
 
 
 class Killed(BaseException):

@@ -61,12 +61,6 @@ def with_mean(sketches: Sketches, samples: int) -> Floats:
     return with_direction(sketches, mean, samples)
 
 
-def with_reference(sketches: Sketches, reference: Sketches, samples: int) -> Floats:
-    """The cosine (N) of each sketch with the mean unit sketch of the reference."""
-    total = sum(unit(rows).sum(0, dtype=np.float64) for _, rows in blocks(reference))
-    return with_direction(sketches, total, samples)
-
-
 def with_others(sketches: Sketches, groups: Ints) -> Floats:
     """The cosine (N) of each sketch with the mean unit sketch of the others of its group (N)."""
     values, index = np.unique(groups, return_inverse=True)

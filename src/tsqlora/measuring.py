@@ -5,6 +5,7 @@ What is measured of a sample does not depend on the batch it is in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from tsqlora.lookahead import first_order, one_step, second_order
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses, target_lengths
 from tsqlora.memory import Halving, out_of_memory
 from tsqlora.per_sample_grads import (
+    Dots,
     Keep,
     PerSampleGradients,
     Reducer,
@@ -30,7 +32,14 @@ logger = logging.get_logger("tsqlora")
 
 Columns = dict[str, np.ndarray]
 """What is measured by name, a row a sample."""
+Direction = Mapping[str, np.ndarray]
+"""Σ g_i/‖g_i‖ over a reference, by factor: where its mean unit gradient points."""
 
+Piece = tuple[Columns, dict[str, Tensor]]
+"""The columns of some samples, and the sum of their unit gradients."""
+
+TINY = 1e-12
+"""Gradients are taken to be no shorter."""
 DISPLACEMENT = 0.5
 """‖η_i g_i‖ of the lookahead step in preset `default`: every sample moves the model as far."""
 
@@ -46,6 +55,7 @@ class Wanted:
         lookahead: exact, first_order or second_order (`lookahead.py`).
         depth: below 1, gradients of the last layers only, that hold this share of the weights.
         seed: of the sketches.
+        sums_units: this is a reference, whose unit gradients are added up rather than sketched.
     """
 
     terms: tuple[str, ...] = ()
@@ -53,23 +63,25 @@ class Wanted:
     lookahead: str = "exact"
     depth: float = 1.0
     seed: int = 0
+    sums_units: bool = False
 
     @property
-    def keeps(self) -> bool:
-        """Whether every sample's gradients are wanted once more after the backward."""
+    def steps(self) -> bool:
+        """Whether there is a further forward, after every sample's own step."""
         return "loss_reduction" in self.terms and self.lookahead != "first_order"
 
     @property
     def halves(self) -> float:
         """Half passes of a sample: forwards and backwards, as deep as they go."""
-        return 1 + self.depth * (bool(self.terms) + self.keeps)
+        return 1 + self.depth * (bool(self.terms) + self.steps)
 
 
 class Meter:
     """Measures batches under `model` as it stands.
 
-    Columns of every sample: `loss`, `length` (target tokens); `gradient_norm`, `sketch` (k) and
-    `loss_reduction` as they are `wanted`; of a class or number also `label` and `output` (C), the
+    Columns of every sample: `loss`, `length` (target tokens); as they are `wanted` `gradient_norm`,
+    `loss_reduction` and for convergence `alignment`, the cosine with a known `direction`, or
+    `sketch` (k) where there is none; of a class or number also `label` and `output` (C), the
     logits, from which the losses of other targets are had for nothing.
 
     Attributes:
@@ -77,15 +89,25 @@ class Meter:
         halving: of batches, once memory has run out.
     """
 
-    def __init__(self, model: nn.Module, kind: str, wanted: Wanted) -> None:
+    def __init__(
+        self, model: nn.Module, kind: str, wanted: Wanted, direction: Direction | None = None
+    ) -> None:
         self.model, self.kind, self.wanted = model, kind, wanted
         self.halving = Halving()
-        self.norms, self.sketch, self.keep = SquaredNorms(), Sketch(seed=wanted.seed), Keep()
+        self.norms, self.keep = SquaredNorms(), Keep()
+        self.sketch: Sketch | None = None
+        self.dots: Dots | None = None
         reducers: list[Reducer] = [self.norms]
-        reducers += [self.sketch] if "convergence" in wanted.terms else []
-        reducers += [self.keep] if wanted.keeps else []
+        if "convergence" in wanted.terms and not wanted.sums_units:
+            if direction is None:
+                self.sketch = Sketch(seed=wanted.seed)
+            else:
+                self.dots = Dots(_unit(direction, model))
+            reducers += [each for each in (self.sketch, self.dots) if each is not None]
+        reducers += [self.keep] if wanted.steps or wanted.sums_units else []
         self.gradients = PerSampleGradients(model, *reducers, depth=wanted.depth)
         self.single: bool | None = None
+        self._units: dict[str, Tensor] = {}
 
     def prepare(self, batch: Batch) -> None:
         """See in the first samples of a batch whether samples can be told apart in one."""
@@ -106,11 +128,23 @@ class Meter:
         """
         if not self.single:
             try:
-                return _joined(self.halving(self._measure, batch))
+                return self._joined(self.halving(self._measure, batch))
             except SharedInput:
                 self._decide(True)
-        parts = [self.halving(self._measure, sample)[0] for sample in singly(batch)]
-        return _joined(parts)
+        return self._joined([self.halving(self._measure, one)[0] for one in singly(batch)])
+
+    def take_units(self) -> dict[str, np.ndarray]:
+        """Σ g_i/‖g_i‖ by factor of what was measured since the last call; {} unless wanted."""
+        found = {name: tensor.cpu().numpy() for name, tensor in self._units.items()}
+        self._units = {}
+        return found
+
+    def _joined(self, pieces: list[Piece]) -> Columns:
+        """The pieces' columns; their sums are only added now, when none can be tried again."""
+        for _, units in pieces:
+            for name, share in units.items():
+                self._units[name] = self._units[name] + share if name in self._units else share
+        return {name: np.concatenate([piece[name] for piece, _ in pieces]) for name in pieces[0][0]}
 
     def _decide(self, single: bool) -> None:
         self.single = single
@@ -120,9 +154,11 @@ class Meter:
                 "told apart: scoring one sample at a time, which is exact but slower."
             )
 
-    def _measure(self, batch: Batch) -> Columns:
-        labels = batch["labels"]
-        self.norms.total = self.sketch.total = 0.0
+    def _measure(self, batch: Batch) -> Piece:
+        labels, units = batch["labels"], {}
+        for reducer in (self.norms, self.sketch, self.dots):
+            if reducer is not None:
+                reducer.total = 0.0
         try:
             if self.wanted.terms:
                 with self.gradients, torch.enable_grad():
@@ -130,6 +166,8 @@ class Meter:
                     losses = sample_losses(self.kind, logits, labels)
                     self.gradients.backward(losses)
                 found = self._of_gradients(batch, losses.detach())
+                if self.wanted.sums_units:
+                    units = self.keep.weighted(1 / found["gradient_norm"].clamp(min=TINY))
             else:
                 with torch.no_grad():
                     logits = forward_logits(self.model, self.kind, batch)
@@ -141,20 +179,22 @@ class Meter:
         found["length"] = target_lengths(self.kind, labels).clamp(min=1)
         if self.kind in (CLASSIFICATION, REGRESSION):
             found["label"], found["output"] = labels, logits.reshape(len(labels), -1)
-        return {name: as_numpy(tensor) for name, tensor in found.items()}
+        return {name: as_numpy(tensor) for name, tensor in found.items()}, units
 
     def _of_gradients(self, batch: Batch, losses: Tensor) -> dict[str, Tensor]:
         norms = torch.as_tensor(self.norms.total).sqrt()
         found = {"gradient_norm": norms}
-        if "convergence" in self.wanted.terms:
+        if self.sketch is not None:
             found["sketch"] = self.sketch.take()
+        if self.dots is not None:
+            found["alignment"] = torch.as_tensor(self.dots.total) / norms.clamp(min=TINY)
         if "loss_reduction" in self.wanted.terms:
             found["loss_reduction"] = self._loss_reduction(batch, losses, norms)
         return found
 
     def _loss_reduction(self, batch: Batch, losses: Tensor, norms: Tensor) -> Tensor:
         if self.wanted.learning_rate is None:
-            steps = DISPLACEMENT / norms.clamp(min=1e-12)
+            steps = DISPLACEMENT / norms.clamp(min=TINY)
         else:
             steps = torch.full_like(norms, self.wanted.learning_rate)
         if self.wanted.lookahead == "first_order":
@@ -176,5 +216,12 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
     return result.float().numpy() if result.is_floating_point() else result.numpy()
 
 
-def _joined(parts: list[Columns]) -> Columns:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _unit(direction: Direction, model: nn.Module) -> dict[str, Tensor]:
+    """The direction as one vector of length 1 (0 stays 0), where the model is."""
+    length = max(sum(float(np.square(values).sum()) for values in direction.values()) ** 0.5, TINY)
+    like = next(model.parameters())
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return {
+        name: torch.from_numpy(values / length).to(like.device, dtype)
+        for name, values in direction.items()
+    }

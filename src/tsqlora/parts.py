@@ -1,7 +1,8 @@
 """What is measured of a pool, on disk in parts: memory does not grow with it, and nothing is lost.
 
 Each part is one Parquet file, written whole or not at all: a column `position` (the sample's row)
-beside those measured, matrices as lists of fixed size. Several processes may write into one folder.
+beside those measured, matrices as lists of fixed size; sums over its samples lie beside it. Several
+processes may write into one folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
 
 from tsqlora.artefacts import atomic_file, atomic_write_json, is_temporary, read_json
 from tsqlora.errors import RunError
@@ -47,8 +49,17 @@ class Parts:
         """The numbers of the parts that are there."""
         return {int(file.stem.removeprefix("part-")) for file in self._files()}
 
-    def write(self, part: int, columns: dict[str, np.ndarray], halvings: int) -> None:
-        """Write a part; `halvings` (see `memory.Halving`) is kept beside it."""
+    def write(
+        self,
+        part: int,
+        columns: dict[str, np.ndarray],
+        halvings: int,
+        sums: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Write a part; `halvings` (see `memory.Halving`) is kept beside it, and so are `sums`."""
+        if sums:
+            with atomic_file(self.folder / f"part-{part:06}.safetensors") as file:
+                save_file(sums, file)
         table = pa.table({name: _to_arrow(values) for name, values in columns.items()})
         table = table.replace_schema_metadata({"halvings": str(halvings)})
         with atomic_file(self.folder / f"part-{part:06}.parquet") as file:
@@ -89,6 +100,14 @@ class Parts:
         for file in self._files():
             table = pq.read_table(file, columns=["position", name], memory_map=False)
             yield table["position"].to_numpy(), _to_numpy(table[name].combine_chunks())
+
+    def summed(self) -> dict[str, np.ndarray]:
+        """The `sums` of all parts added up in their order, whichever process wrote which."""
+        total: dict[str, np.ndarray] = {}
+        for file in self._files():
+            for name, values in load_file(file.with_suffix(".safetensors")).items():
+                total[name] = total.get(name, 0.0) + values.astype(np.float64)
+        return total
 
     def remove(self) -> None:
         """Clear the folder away."""

@@ -50,7 +50,7 @@ class SquaredNorms:
 
 
 class Dots:
-    """⟨∇ℓ_i, v⟩ with a reference gradient v given by factor name: `total` (N)."""
+    """⟨∇ℓ_i, v⟩ with a reference gradient v given by factor name, 0 in the others: `total` (N)."""
 
     def __init__(self, reference: Mapping[str, Tensor]) -> None:
         self.reference = reference
@@ -58,6 +58,8 @@ class Dots:
 
     def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Add one factor's share."""
+        if factor not in self.reference:
+            return
         reference = self.reference[factor].to(gradient)
         reference = reference if columns is None else reference[:, columns.ids]
         self.total = self.total + gradient.flatten(1) @ reference.flatten()
@@ -89,6 +91,17 @@ class Keep:
         found = self.gradients[factor]
         zeros = found.new_zeros(len(found), *weight.shape)
         return zeros.index_copy(2, self.columns[factor].ids, found)
+
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        """Σ_i weights_i ∇ℓ_i of each factor, for `weights` (N), whole."""
+        sums = {
+            factor: torch.tensordot(weights.to(found), found, 1)
+            for factor, found in self.gradients.items()
+        }
+        for factor, (ids, width) in self.columns.items():
+            zeros = sums[factor].new_zeros(len(sums[factor]), width)
+            sums[factor] = zeros.index_copy(1, ids, sums[factor])
+        return sums
 
     def clear(self) -> None:
         """Drop them."""

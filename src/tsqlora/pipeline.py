@@ -132,8 +132,8 @@ class Run:
         pool, reference = self.inputs.splits.train, self.inputs.splits.reference
         model, measured = self.warm_model, self.folder.measured
         logger.info("1/4 Quality scores of %d samples", len(pool))
-        samples, going_on = len(pool) + len(reference or ()), measured.exists()
-        passes = self.scorer.passes(self.config.task, samples)
+        going_on = measured.exists()
+        passes = self.scorer.passes(self.config.task, len(pool), len(reference or ()))
         with counted(self.folder, "scores", passes, going_on):
             self.scorer.measure(model, pool, reference, measured, inputs)
             processes.wait()

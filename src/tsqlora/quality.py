@@ -21,7 +21,6 @@ from tsqlora.convergence import (
     width,
     with_mean,
     with_others,
-    with_reference,
 )
 from tsqlora.credibility import (
     Credibility,
@@ -59,6 +58,8 @@ class Measurements:
         confidence: log-odds of the model's first class against its second (N); empty if no classes.
         agrees: whether the label is that first class (N); empty if no classes.
         classes: C for classification, else None.
+        alignment: the exact cosine of g_i with a reference's mean unit gradient (N), None if there
+            is none.
     """
 
     ids: Ints
@@ -73,6 +74,7 @@ class Measurements:
     confidence: Floats = field(default_factory=lambda: np.zeros(0))
     agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     classes: int | None = None
+    alignment: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def quality_scores(
         quality = _weighted(terms, config)
         probability = softmax(quality / config.temperature)
     else:
-        convergence = convergence_terms(pool, reference)
+        convergence = convergence_terms(pool)
         credible = credibility(pool, reference)
         terms = default_terms(pool, convergence)
         quality = np.clip(_weighted(terms, config) / _total_weight(config), -CLIP, CLIP)
@@ -214,18 +216,18 @@ def _by_loss(pool: Measurements, reference: Measurements | None) -> Credibility:
     return from_reference(u, null_percentiles(reference.loss, reference.group, *null), pool.classes)
 
 
-def convergence_terms(pool: Measurements, reference: Measurements | None = None) -> Floats:
+def convergence_terms(pool: Measurements) -> Floats:
     """ΔC_i (N): the cosine of g_i with the mean unit gradient it should agree with.
 
-    With a reference: the mean over the reference. Without: the mean over the *other* samples of the
-    same class (leave one out), or, where there are no classes, of the same k-means cluster of
-    sketches. NaN where nothing was sketched.
+    With a reference: the mean over the reference, exact, as it was known when g_i was at hand.
+    Without: the mean over the *other* samples of the same class (leave one out), or, where there
+    are no classes, of the same k-means cluster, of sketches. NaN where neither was measured.
     """
     samples = len(pool.ids)
+    if pool.alignment is not None:
+        return pool.alignment
     if width(pool.sketch) == 0:
         return np.full(samples, np.nan)
-    if reference is not None:
-        return with_reference(pool.sketch, reference.sketch, samples)
     groups = pool.group if pool.classes is not None else clusters(pool.sketch, samples)
     return with_others(pool.sketch, groups)
 

@@ -19,32 +19,28 @@ from tsqlora.batches import (
     Collator,
     Pool,
     evaluating,
-    forward_losses,
     progress,
     require_samples,
-    subset,
 )
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError, TrainingError
 from tsqlora.lora_layers import has_lora, temporary_adapter
-from tsqlora.losses import CLASSIFICATION, REGRESSION, infer_kind, sample_losses
-from tsqlora.measuring import Columns, Meter, Wanted, as_numpy
-from tsqlora.memory import Halving
-from tsqlora.mismatch import mismatched_pairs
+from tsqlora.losses import CLASSIFICATION, infer_kind
+from tsqlora.measuring import Columns, Direction, Meter, Wanted
+from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
 from tsqlora.parts import Parts, StoredSketches
 from tsqlora.per_sample_grads import PROBED
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw
 
-NULL_SAMPLES = 500
-"""Mismatched pairs that make the null where it takes passes of its own (generation)."""
 FINITE = ("loss", "gradient_norm")
 """What has to be finite of every sample."""
 PART = 16
 """Batches a part: what an interruption loses at most."""
-
-Null = tuple[np.ndarray, np.ndarray]
-"""Losses of wrong targets (M), and the class that each names (M)."""
+MOST_SUMS = 64
+"""Parts of a reference at most: each holds sums of gradients, and so is as large as the adapter."""
+POOL, REFERENCE = "quality", "reference"
+"""Folders of what is measured."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Scorer:
 
     @property
     def wanted(self) -> Wanted:
-        """What is measured: the terms whose weight is not 0."""
+        """What is measured of the pool: the terms whose weight is not 0."""
         quality = self.quality
         return Wanted(
             tuple(f.name for f in fields(QualityWeights) if getattr(quality.weights, f.name)),
@@ -78,10 +74,20 @@ class Scorer:
             self.seed,
         )
 
-    def passes(self, kind: str, samples: int) -> float:
-        """Passes it takes to score so many samples; a forward alone counts ½."""
-        null = 0 if kind in (CLASSIFICATION, REGRESSION) else min(samples, NULL_SAMPLES)
-        return 0.5 * (self.wanted.halves * samples + null)
+    @property
+    def wanted_of_reference(self) -> Wanted:
+        """The losses, and the mean unit gradient if convergence is towards it."""
+        wanted = self.wanted
+        if "convergence" not in wanted.terms:
+            return replace(wanted, terms=())
+        return replace(wanted, terms=("convergence",), sums_units=True)
+
+    def passes(self, kind: str, samples: int, trusted: int = 0) -> float:
+        """Passes it takes to score so many samples and a reference; a forward alone counts ½."""
+        trusted = trusted if self.quality.preset == "default" else 0
+        null = 0 if kind in FREE else min(samples, NULL_SAMPLES)
+        halves = self.wanted.halves * samples + self.wanted_of_reference.halves * trusted
+        return 0.5 * (halves + null)
 
     def score(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None = None
@@ -102,7 +108,8 @@ class Scorer:
     ) -> None:
         """Measure the samples into `folder`, or go on doing so if its parts are of these `inputs`.
 
-        One forward of every sample, a backward and a forward after its own step if wanted. Of
+        One forward of every sample, a backward and a forward after its own step if wanted; first
+        those of the reference, so that the pool's gradients meet its mean one in the same pass. Of
         several processes each takes its `share`, every so many-th part from the first on.
 
         Raises:
@@ -111,45 +118,55 @@ class Scorer:
         """
         if len(dataset) == 0:
             raise DataError("There is no sample to score: the data set is empty.")
+        if reference is not None and len(reference) == 0:
+            raise DataError("The reference is empty: give trusted samples, or none at all.")
         share = share or (processes.index(), processes.count())
-        key = digest(inputs, self.batch_size, len(dataset), asdict(self.wanted))
+        direction: Direction | None = None
         with evaluating(model):
-            for what, rows in _named(dataset, reference):
+            for what, rows in self._named(dataset, reference):
+                wanted = self.wanted_of_reference if what == REFERENCE else self.wanted
                 parts = Parts(folder / what, len(rows))
+                key = digest(inputs, self.batch_size, len(dataset), asdict(wanted))
                 if share[0] == 0:
                     parts.prepare(key)
                 if share[1] > 1:
                     processes.wait()
-                self._fill(parts, model, rows, f"{what} scores", share)
+                self._fill(parts, Meter(model, infer_kind(model), wanted, direction), rows, share)
+                if wanted.sums_units:
+                    if share[1] > 1:
+                        processes.wait()  # until all parts are there
+                    direction = parts.summed()
 
     def scores(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
     ) -> QualityScores:
         """The scores from what was measured into `folder`."""
-        pool, *trusted = (
-            self._measurements(Parts(folder / what, len(rows)), model, rows, what == "quality")
-            for what, rows in _named(dataset, reference)
+        *trusted, pool = (
+            self._measurements(Parts(folder / what, len(rows)), model, rows, what == POOL)
+            for what, rows in self._named(dataset, reference)
         )
         scores = quality_scores(pool, self.quality, *trusted)
         selected = np.zeros(len(scores.ids), dtype=bool)
         selected[draw(scores.probability, self.quality.fraction, self.seed)] = True
         return replace(scores, selected=selected)
 
-    def _fill(
-        self, parts: Parts, model: nn.Module, rows: Dataset, what: str, share: tuple[int, int]
-    ) -> None:
-        pool = Pool(model, rows, self.collator, self.batch_size)
-        meter = Meter(model, infer_kind(model), self.wanted)
+    def _fill(self, parts: Parts, meter: Meter, rows: Dataset, share: tuple[int, int]) -> None:
+        pool = Pool(meter.model, rows, self.collator, self.batch_size)
         meter.halving.halvings = parts.halvings
+        size = PART
+        if meter.wanted.sums_units:  # each part leaves sums as large as the adapter
+            size = max(PART, -(-len(pool.plan) // MOST_SUMS))
         there, (first, every) = parts.there(), share
-        numbers = [n for n in range(first, -(-len(pool.plan) // PART), every) if n not in there]
+        numbers = [n for n in range(first, -(-len(pool.plan) // size), every) if n not in there]
         if not numbers:
             return
         _, batch = next(pool.take(pool.plan[0][:PROBED]))
         meter.prepare(batch)
-        chunks = {n: pool.plan[PART * n : PART * (n + 1)] for n in numbers}
+        chunks = {n: pool.plan[size * n : size * (n + 1)] for n in numbers}
         ahead = np.concatenate([np.concatenate(chunk) for chunk in chunks.values()])
-        with progress(pool.tokens, ahead, what, hidden=first > 0) as passed:
+        with progress(
+            pool.tokens, ahead, f"{parts.folder.name} scores", hidden=first > 0
+        ) as passed:
             for number, chunk in chunks.items():
                 measured: list[Columns] = []
                 for positions in chunk:
@@ -157,7 +174,7 @@ class Scorer:
                         measured.append({"position": places, **meter.measure(batch)})
                     passed(positions)
                 columns = {k: np.concatenate([m[k] for m in measured]) for k in measured[0]}
-                parts.write(number, columns, meter.halving.halvings)
+                parts.write(number, columns, meter.halving.halvings, meter.take_units())
 
     def _measurements(
         self, parts: Parts, model: nn.Module, rows: Dataset, null: bool
@@ -169,14 +186,18 @@ class Scorer:
             for name in ("loss", "gradient_norm", "loss_reduction")
         }
         _require_finite(_ids(rows), [c for n, c in columns.items() if n in FINITE and n in names])
-        nothing = np.zeros(0), np.zeros(0, dtype=np.int64)
-        found = self._null(parts, kind, model, rows) if null else nothing
+        found = np.zeros(0), np.zeros(0, dtype=np.int64)
+        if null and kind in FREE:
+            found = null_of_outputs(parts, kind, self.seed)
+        elif null:
+            found = null_of_pairs(model, kind, rows, self.collator, self.batch_size, self.seed)
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows))
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
             ids=_ids(rows),
             **columns,
             sketch=StoredSketches(parts) if "sketch" in names else np.zeros((len(rows), 0)),
+            alignment=parts.column("alignment") if "alignment" in names else None,
             length=parts.column("length").astype(np.int64),
             group=group.astype(np.int64),
             null_loss=found[0],
@@ -185,35 +206,11 @@ class Scorer:
             classes=width,
         )
 
-    def _null(self, parts: Parts, kind: str, model: nn.Module, rows: Dataset) -> Null:
-        if kind not in (CLASSIFICATION, REGRESSION):
-            losses = self._mismatched(model, kind, rows)
-            return losses, np.zeros(len(losses), dtype=np.int64)
-        labels = parts.column("label")
-        partners = others(labels, np.random.default_rng(self.seed))
-        losses = np.full(len(labels), np.nan)
-        for positions, outputs in parts.blocks("output"):
-            wrong = torch.from_numpy(labels[partners[positions]])
-            wrong = wrong.long() if kind == CLASSIFICATION else wrong.float()
-            losses[positions] = as_numpy(sample_losses(kind, torch.tensor(outputs), wrong))
-        real = labels[partners] != labels
-        group = labels[partners][real].astype(np.int64)
-        return losses[real], group if kind == CLASSIFICATION else np.zeros_like(group)
-
-    def _mismatched(self, model: nn.Module, kind: str, dataset: Dataset) -> np.ndarray:
-        """The null of generation: losses of inputs paired with other samples' targets."""
-        wrong = mismatched_pairs(subset(dataset, NULL_SAMPLES, self.seed), kind)
-        if wrong is None:
-            return np.zeros(0)
-        losses = np.zeros(len(wrong))
-        pool = Pool(model, wrong, self.collator, self.batch_size)
-        halving = Halving()
-        with evaluating(model), torch.no_grad():
-            for planned in pool.plan:
-                for positions, batch in pool.take(planned):
-                    found = halving(lambda piece: forward_losses(model, kind, piece), batch)
-                    losses[positions] = np.concatenate([as_numpy(each) for each in found])
-        return losses
+    def _named(self, dataset: Dataset, reference: Dataset | None) -> list[tuple[str, Dataset]]:
+        """The reference, of which preset paper knows nothing, and the pool."""
+        if reference is None or self.quality.preset == "paper":
+            return [(POOL, dataset)]
+        return [(REFERENCE, reference), (POOL, dataset)]
 
 
 def score_samples(
@@ -233,7 +230,7 @@ def score_samples(
     scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
     one, else the row numbers. Batches take as much memory as `batch_size` of the longest samples,
     and are halved when memory runs out. What is measured waits in a temporary folder, about 2 kB a
-    sample.
+    sample, or without sketches, where a `reference` is known, far less.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
@@ -272,27 +269,6 @@ def _require_finite(ids: np.ndarray, columns: list[np.ndarray]) -> None:
             f"{named}{', ...' if bad.sum() > 5 else ''}): lower training.learning_rate, or mend "
             "these rows."
         )
-
-
-def others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """For each of N samples another one, drawn among those of another label; itself if none is."""
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    first, last = (
-        np.searchsorted(ordered, labels, "left"),
-        np.searchsorted(ordered, labels, "right"),
-    )
-    different = len(labels) - (last - first)
-    place = (random.random(len(labels)) * different).astype(np.int64)
-    place += np.where(place >= first, last - first, 0)
-    return np.where(
-        different > 0, order[np.minimum(place, len(labels) - 1)], np.arange(len(labels))
-    )
-
-
-def _named(dataset: Dataset, reference: Dataset | None) -> list[tuple[str, Dataset]]:
-    trusted = [] if reference is None else [("reference", reference)]
-    return [("quality", dataset), *trusted]
 
 
 def _ids(dataset: Dataset) -> np.ndarray:
