@@ -16,7 +16,6 @@ from tsqlora.adapter import (
     active_ranks,
     add_headroom,
     check_plan,
-    export_adapter,
     grow,
     lora_config,
     prune,
@@ -24,6 +23,7 @@ from tsqlora.adapter import (
 )
 from tsqlora.allocation import RankPlan
 from tsqlora.errors import ConfigError, ModelError
+from tsqlora.export import export_adapter
 from tsqlora.loading import load_config, load_model
 from tsqlora.lora_layers import (
     PEFT_TASK_TYPES,

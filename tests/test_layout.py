@@ -24,7 +24,7 @@ ORDER = [
     "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
     "memory", "measuring", "parts", "null", "scoring", "sensitivity",
-    "allocation", "adapter", "dynamic_rank", "callback",
+    "allocation", "adapter", "merging", "export", "dynamic_rank", "callback",
     "run_folder", "training", "two_parts", "cost", "inputs", "preflight",
     "model_card", "finished", "baseline",
     "figures", "report_ranks", "report_samples", "report", "pipeline",

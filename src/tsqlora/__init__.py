@@ -14,7 +14,7 @@ _HOME = {
     "lora_config": "adapter",
     "DynamicRank": "dynamic_rank",
     "DynamicRankCallback": "callback",
-    "export_adapter": "adapter",
+    "export_adapter": "export",
     "write_report": "report",
     "train": "pipeline",
     "RunConfig": "config",

@@ -1,4 +1,4 @@
-"""A rank plan as a plain PEFT adapter: configuration, components that come and go, exports.
+"""A rank plan as a plain PEFT adapter: configuration, components that come and go.
 
 A component is row j of A with column j of B. A component is active while its row is not zero; a
 pruned one has row, column and optimizer moments zero, which is an exact fixed point of AdamW, so
@@ -7,7 +7,6 @@ training needs no mask, and parameters never change identity or shape.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,20 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tsqlora.allocation import RankPlan, pattern_key
 from tsqlora.errors import ConfigError, ModelError
-from tsqlora.lora_layers import LoraModule, clone_config, lora_modules
+from tsqlora.lora_layers import LoraModule, lora_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FORMATS = ("compact", "padded", "merged")
 
 
 def lora_config(
@@ -226,70 +221,3 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
             f"{folder} cannot be loaded ({reason}): remove the folder and train again with "
             "--resume."
         ) from error
-
-
-def export_adapter(model: nn.Module, folder: str | Path, format: str = "compact") -> Path:
-    """Write the trained adapter so that it loads without tsqlora; returns the folder.
-
-    `compact`: true ranks, `rank_pattern`, the scale unchanged. `padded`: one rank everywhere,
-    zero-padded, no patterns, right in every loader. `merged`: the plain model with the adapter
-    added to its weights. The model itself is left as it is.
-
-    Raises:
-        ConfigError: the format is unknown.
-        ModelError: the model has no LoRA adapter.
-    """
-    if format not in FORMATS:
-        raise ConfigError(f"Unknown export format {format!r}: compact, padded or merged.")
-    modules = lora_modules(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    assert isinstance(model, PeftModel)
-    if format == "merged":
-        merged: PreTrainedModel = copy.deepcopy(model).merge_and_unload()
-        merged.save_pretrained(folder)
-        return folder
-    tensors, config = _packed(model, modules, padded=format == "padded")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    return folder
-
-
-def _packed(
-    model: PeftModel, modules: list[LoraModule], padded: bool
-) -> tuple[dict[str, Tensor], LoraConfig]:
-    adapter = modules[0].adapter
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
-    config = clone_config(model.peft_config[adapter])
-    kept = {m.name: active(m) for m in modules}
-    if not any(mask.any() for mask in kept.values()):
-        kept[modules[0].name][0] = True  # PEFT knows no adapter without a module
-    ranks = {name: int(mask.sum()) for name, mask in kept.items()}
-    largest = max(ranks.values())
-    scales = {m.name: m.scale for m in modules}
-    common = max(scales.values())
-    for module in modules:
-        prefix = f"base_model.model.{module.name}"
-        mask = kept[module.name]
-        a, b = module.a.weight.detach()[mask], module.b.weight.detach()[:, mask]
-        if padded:
-            b = b * (module.scale / common)
-            a, b = _pad(a, largest, 0), _pad(b, largest, 1)
-        if padded or ranks[module.name]:
-            state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"] = a, b
-        else:
-            del state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"]
-    if padded:
-        ranks, scales = dict.fromkeys(ranks, largest), dict.fromkeys(ranks, common)
-    set_patterns(config, {n: r for n, r in ranks.items() if r}, scales)
-    config.target_modules = sorted(name for name, rank in ranks.items() if rank)
-    return {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()
-    }, config
-
-
-def _pad(tensor: Tensor, rank: int, dimension: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dimension] = rank - shape[dimension]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)

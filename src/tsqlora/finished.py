@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
-from tsqlora.adapter import export_adapter, load_adapter
+from tsqlora.adapter import load_adapter
 from tsqlora.artefacts import atomic_folder, atomic_write_text, os_errors, read_json
 from tsqlora.config import RunConfig
 from tsqlora.data import load_dataset
 from tsqlora.errors import RunError
+from tsqlora.export import export_adapter
 from tsqlora.metrics import evaluate
 from tsqlora.model_card import model_card
 from tsqlora.run_folder import RunFolder

@@ -142,10 +142,15 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [linear.get_parameter("weight") for m in modules for linear in (m.a, m.b)]
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module's own weight is packed into 4 or 8 bits by bitsandbytes."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a target module as (out, in), dequantised where it is quantised."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+    if is_quantized(module):
         from peft.utils.integrations import dequantize_module_weight
 
         weight = dequantize_module_weight(module)
@@ -235,11 +240,12 @@ def _within(name: str, module: str) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear modules (nn.Linear and GPT-2's Conv1D)."""
-    return [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-    ]
+    return [n for n, m in model.named_modules() if is_linear(m)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, its quantised kin and GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _shown(targets: str | Iterable[str] | None) -> str:

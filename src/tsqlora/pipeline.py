@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from tsqlora import processes
 from tsqlora.adaptation import Adaptation, adapt_briefly
-from tsqlora.adapter import check_plan, export_adapter, lora_config, warm_start
+from tsqlora.adapter import check_plan, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
     atomic_file,
@@ -31,6 +31,7 @@ from tsqlora.callback import DynamicRankCallback
 from tsqlora.config import RunConfig
 from tsqlora.cost import counted, record_parameters
 from tsqlora.dynamic_rank import Reallocation
+from tsqlora.export import export_adapter
 from tsqlora.finished import FinishedRun, measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, trainable_state, wrap
