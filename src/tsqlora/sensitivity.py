@@ -1,18 +1,20 @@
 """How much the loss depends on each target module's weight W (out, in), from hooks alone.
 
 ∇W of sample i is D_iᵀ X_i, formed in the backward hook from the module's input X_i (T, in) and the
-gradient D_i (T, out) at its output, one module at a time, so frozen and quantised weights work.
+gradient D_i (T, out) at its output, one module at a time, so frozen and quantised weights work
+(`estimators.py`).
 """
 
 from __future__ import annotations
 
 import json
-import zlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -29,33 +31,39 @@ from tsqlora.batches import (
     subset,
 )
 from tsqlora.errors import ConfigError, RunError
+from tsqlora.estimators import Direction, MeanGradient, fisher, weight_gradient
 from tsqlora.hooks import SampleTaps, SharedInput, frozen
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter
 from tsqlora.losses import infer_kind
 from tsqlora.per_sample_grads import separable
 
 WEIGHT_GRADIENT, FISHER, HESSIAN = "weight_gradient", "fisher", "hessian"
-CHUNK = 4_000_000
-"""At most so many numbers of per-sample ∇W at once, or one sample's where that is more."""
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """The sensitivity of every target module, and its shape (out, in)."""
+    """The sensitivity of every target module, and its shape (out, in).
+
+    Attributes:
+        spectrum: the largest singular values of the module's mean gradient, in falling order;
+            empty unless asked for.
+    """
 
     estimator: str
     modules: dict[str, float]
     shapes: dict[str, tuple[int, int]]
+    spectrum: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """As in `sensitivity.json`."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {
+        written: dict[str, object] = {
             "version": 1,
             "estimator": self.estimator,
             "modules": self.modules,
             "shapes": shapes,
         }
+        return {**written, "spectrum": self.spectrum} if self.spectrum else written
 
     def save(self, path: str | Path) -> None:
         """Write `sensitivity.json`."""
@@ -71,7 +79,8 @@ class LayerSensitivity:
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             shapes = {name: (int(s[0]), int(s[1])) for name, s in raw["shapes"].items()}
-            return cls(raw["estimator"], dict(raw["modules"]), shapes)
+            spectrum = {name: list(values) for name, values in raw.get("spectrum", {}).items()}
+            return cls(raw["estimator"], dict(raw["modules"]), shapes, spectrum)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a layer sensitivity ({error}).") from error
 
@@ -85,12 +94,17 @@ def layer_sensitivity(
     max_samples: int = 512,
     batch_size: int = 32,
     seed: int = 0,
+    spectrum: int = 0,
 ) -> LayerSensitivity:
     """S_m for every target module, the mean over samples of `dataset` (TsqLoRA §3).
 
     `weight_gradient`: E_i Σ|W ⊙ ∇W ℓ_i|, to first order the loss change of removing each weight.
     `fisher`: E_i Σ (∇W ℓ_i)², the trace of the empirical Fisher matrix.
-    `hessian`: |E_i tr ∇²_W ℓ_i|, Hutchinson's estimate with one Rademacher direction a batch.
+    `hessian`: |E_i tr ∇²_W ℓ_i|, Hutchinson's estimate with one direction a sample; by its nature
+    two forwards and backwards, so twice the time of the others.
+
+    `spectrum`: how many singular values of each module's mean gradient to take in the same pass
+    (0: none), which the rule `marginal_gain` of `allocate_ranks` needs.
 
     A model without adapters gets temporary ones (B = 0, so its function is unchanged), removed
     after. At most `max_samples` seeded rows are used. W is the frozen weight; dropout is off.
@@ -109,72 +123,101 @@ def layer_sensitivity(
         if not has_lora(model):
             stack.enter_context(temporary_adapter(model, kind, 1, target_modules=target_modules))
         stack.enter_context(evaluating(model))
-        meter = _Meter(model, kind, estimator, seed)
-        for _, batch in batches(model, rows, collator, batch_size, "layer sensitivity"):
-            meter.add(batch)
+        meter = Meter(model, kind, estimator, seed, spectrum)
+        for positions, batch in batches(model, rows, collator, batch_size, "layer sensitivity"):
+            meter.add(batch, positions)
         return meter.result(len(rows))
 
 
-class _Meter:
-    """Adds up S_m of every module, batch by batch."""
+class Meter:
+    """Adds up S_m of every module, batch by batch.
 
-    def __init__(self, model: nn.Module, kind: str, estimator: str, seed: int) -> None:
+    Attributes:
+        totals: Σ_i of each module's share so far, in float64.
+        sketches: of the mean gradients, where they are wanted.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: str, estimator: str, seed: int = 0, spectrum: int = 0
+    ) -> None:
         self.model, self.kind, self.estimator, self.seed = model, kind, estimator, seed
         self.modules = {module.name: module for module in lora_modules(model)}
         self.totals = dict.fromkeys(self.modules, 0.0)
+        self.sketches = {
+            name: MeanGradient(module, spectrum, seed)
+            for name, module in self.modules.items()
+            if spectrum
+        }
+        self.room = max(math.prod(module.shape) for module in self.modules.values())
         self.single: bool | None = None
-        self._batches = 0
-        self._sign = 0.0
+        self._found: dict[str, Tensor] = {}
+        self._in_sketch: frozenset[str] = frozenset()  # of this batch, so far
+        self._sketched: frozenset[str] = frozenset()  # of this batch, before it was taken apart
+        self._steps: dict[str, float] = {}
         self._taps = SampleTaps({n: m.layer for n, m in self.modules.items()}, self._consume)
+        self._direction: Direction | None = None
+        self._sign = 0.0
 
-    def add(self, batch: Batch) -> None:
-        """Add one batch, one sample at a time where a layer mixes samples."""
-        self._batches += 1
-        measure = self._hutchinson if self.estimator == HESSIAN else self._backward
+    def add(self, batch: Batch, positions: np.ndarray) -> None:
+        """Add one batch, one sample at a time where a layer mixes samples.
+
+        `positions` (N) are the samples' rows in the data set.
+        """
         if self.single is None:
             self.single = not separable(self.model, self.kind, batch)
         if not self.single:
-            before = dict(self.totals)
             try:
-                measure(batch)
+                self._measure(batch, positions)
                 return
             except SharedInput:
-                self.single, self.totals = True, before
-        for sample in singly(batch):
-            measure(sample)
+                self.single, self._sketched = True, self._in_sketch
+        for i, sample in enumerate(singly(batch)):
+            self._measure(sample, positions[i : i + 1])
+        self._sketched = frozenset()
 
     def result(self, samples: int) -> LayerSensitivity:
         """The means over `samples`."""
         means = {name: abs(total) / max(samples, 1) for name, total in self.totals.items()}
         shapes = {name: module.shape for name, module in self.modules.items()}
-        return LayerSensitivity(self.estimator, means, shapes)
+        spectrum = {n: sketch.singular_values(samples) for n, sketch in self.sketches.items()}
+        return LayerSensitivity(self.estimator, means, shapes, spectrum)
+
+    def _measure(self, batch: Batch, positions: np.ndarray) -> None:
+        self._found, self._in_sketch = {}, frozenset()
+        if self.estimator == HESSIAN:
+            self._hutchinson(batch, torch.as_tensor(positions))
+        else:
+            self._backward(batch)
+        if self._found:  # one wait for the device a batch
+            values = torch.stack(list(self._found.values())).cpu().double().tolist()
+            for name, value in zip(self._found, values, strict=True):
+                self.totals[name] += value
 
     def _backward(self, batch: Batch) -> None:
         with frozen(self.model.parameters()), self._taps, torch.enable_grad():
             self._taps.backward(forward_losses(self.model, self.kind, batch))
 
     def _consume(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
-        self.totals[name] += _SHARES[self.estimator](self, self.modules[name], inputs, gradients)
+        module = self.modules[name]
+        if self.estimator == HESSIAN:
+            assert self._direction is not None
+            share = self._direction.along(module, inputs, gradients)
+            share = share * self._sign / (2 * self._step(module, gradients))
+        else:
+            measure = weight_gradient if self.estimator == WEIGHT_GRADIENT else fisher
+            share = measure(module, inputs, gradients, self.room)
+        self._found[name] = self._found[name] + share if name in self._found else share
+        if self.sketches and self._sign >= 0 and name not in self._sketched:
+            self.sketches[name].add(inputs, gradients)
+            self._in_sketch |= {name}
 
-    def _weight_gradient(self, module: LoraModule, inputs: Tensor, gradients: Tensor) -> float:
-        weight = base_weight(module.base).to(gradients)
-        total = 0.0
-        chunk = max(1, CHUNK // weight.numel())
-        for d, x in zip(gradients.split(chunk), inputs.split(chunk), strict=True):
-            total += float(torch.bmm(d.transpose(1, 2), x).mul_(weight).abs_().sum())
-        return total
+    def _hutchinson(self, batch: Batch, positions: Tensor) -> None:
+        """vᵀHv = (⟨v, ∇ℓ(W + εv)⟩ - ⟨v, ∇ℓ(W - εv)⟩) / 2ε, in every module at once.
 
-    def _fisher(self, module: LoraModule, inputs: Tensor, gradients: Tensor) -> float:
-        # ‖DᵀX‖² = Σ (DDᵀ) ⊙ (XXᵀ), which never forms ∇W (the ghost norm of opacus)
-        inner = torch.bmm(gradients, gradients.transpose(1, 2))
-        return float((inner * torch.bmm(inputs, inputs.transpose(1, 2))).sum())
-
-    def _hutchinson(self, batch: Batch) -> None:
-        """vᵀHv = (⟨v, ∇ℓ(W + εv)⟩ - ⟨v, ∇ℓ(W - εv)⟩) / 2ε, v random signs in every module at once.
-
-        Central differences need no second backward, which fused attention lacks, and never form v
-        for more than one module. Cross terms between modules have expectation 0.
+        Central differences need no second backward, which fused attention lacks. Cross terms
+        between modules have expectation 0.
         """
+        self._direction = Direction(self.seed, positions)
         for self._sign in (1.0, -1.0):
             with ExitStack() as stack:
                 for module in self.modules.values():
@@ -183,33 +226,19 @@ class _Meter:
 
     def _perturb(self, module: LoraModule) -> Callable[..., Tensor]:
         def hook(_: nn.Module, entered: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            signs = self._signs(module, output)
-            return output + self._sign * _step(module, output) * (entered[0].to(signs) @ signs.T)
+            assert self._direction is not None
+            size, lengths = self._sign * self._step(module, output), self._taps.lengths
+            return self._direction.move(module, entered[0], output, size, lengths)
 
         return hook
 
-    def _hessian(self, module: LoraModule, inputs: Tensor, gradients: Tensor) -> float:
-        signs = self._signs(module, gradients)
-        along = float(((inputs @ signs.T) * gradients).sum())
-        return self._sign * along / (2 * _step(module, gradients))
-
-    def _signs(self, module: LoraModule, like: Tensor) -> Tensor:
-        seed = zlib.crc32(f"{self.seed}/{self._batches}/{module.name}".encode())
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.randint(0, 2, module.shape, generator=generator) * 2 - 1).to(like)
-
-
-_SHARES: dict[str, Callable[[_Meter, LoraModule, Tensor, Tensor], float]] = {
-    WEIGHT_GRADIENT: _Meter._weight_gradient,
-    FISHER: _Meter._fisher,
-    HESSIAN: _Meter._hessian,
-}
-
-
-def _step(module: LoraModule, like: Tensor) -> float:
-    """ε: a part of the weight's root mean square that suits the precision of differences."""
-    relative = 1e-5 if like.dtype == torch.float64 else 1e-2
-    return relative * float(base_weight(module.base).float().square().mean().sqrt()) or relative
+    def _step(self, module: LoraModule, like: Tensor) -> float:
+        """ε: a part of the weight's root mean square that suits the precision of differences."""
+        if module.name not in self._steps:
+            relative = 1e-5 if like.dtype == torch.float64 else 1e-2
+            size = float(base_weight(module.base).float().norm())
+            self._steps[module.name] = relative * (size / math.prod(module.shape) ** 0.5 or 1.0)
+        return self._steps[module.name]
 
 
 @contextmanager
