@@ -125,15 +125,15 @@ def timed(call: Callable[[], Any], device: str) -> float:
 def options_of(description: str, result: str) -> argparse.ArgumentParser:
     """The options that every benchmark on these models takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--models", nargs="+", default=["minilm", "bart", "llama"])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--models", nargs="+", default=["minilm", "bart", "bart-64", "llama"])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument(
         "--llama",
         type=int,
         nargs=4,
-        default=[512, 8, 64, 8],
+        default=[1024, 12, 64, 4],
         metavar="N",
         help="width, layers, tokens, samples",
     )
@@ -150,6 +150,7 @@ def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {
         "minilm": lambda: example("sst2", options.shared, options.batch_size, options.batches),
         "bart": lambda: example("g2p", options.shared, options.batch_size, options.batches),
+        "bart-64": lambda: example("g2p", options.shared, 64, options.batches),
         "llama": lambda: llama(*options.llama),
     }
     return {name: cases[name] for name in options.models}

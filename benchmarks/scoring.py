@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -22,13 +23,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
 
 from tsqlora.batches import Batch, forward_losses, singly
-from tsqlora.lookahead import one_step
+from tsqlora.factors import scored_layers, sites
+from tsqlora.hooks import SampleTaps, frozen
 from tsqlora.lora_layers import temporary_adapter
 from tsqlora.losses import infer_kind
-from tsqlora.per_sample_grads import Keep, PerSampleGradients, Reducer, Sketch, SquaredNorms
+from tsqlora.measuring import Meter, Wanted
+from tsqlora.per_sample_grads import PerSampleGradients
 
 DEPTH = 0.1
 """How deep the economical mode goes: the last layers, with this share of the adapted weights."""
+
+
+Method = Callable[[Batch], Any]
+"""Takes one batch; gives the squared gradient norms where it has them."""
 
 
 def plain(model: nn.Module, kind: str, batch: Batch) -> None:
@@ -41,28 +48,36 @@ def forward(model: nn.Module, kind: str, batch: Batch) -> None:
         forward_losses(model, kind, batch)
 
 
-def engine(*terms: str, depth: float = 1.0) -> Callable[..., Tensor]:
-    """A method: norms, sketches if "convergence", one further forward if "lookahead"."""
+def floor(model: nn.Module, kind: str) -> Method:
+    """Forward and backward through every adapted layer, no gradient of any weight: the limit."""
+    layers = scored_layers(model)
+    taps = SampleTaps({site.name: site.module for site in sites(layers)}, lambda *_: None)
 
-    def method(model: nn.Module, kind: str, batch: Batch) -> Tensor:
-        norms, keep = SquaredNorms(), Keep()
-        reducers: list[Reducer] = [norms]
-        reducers += [SKETCH] if "convergence" in terms else []
-        reducers += [keep] if "lookahead" in terms else []
-        with PerSampleGradients(model, *reducers, depth=depth) as gradients:
-            gradients.backward(forward_losses(model, kind, batch))
-        total = torch.as_tensor(norms.total)
-        if "convergence" in terms:
-            SKETCH.take()
-        if "lookahead" in terms:
-            with torch.no_grad(), one_step(gradients, keep, 0.5 / total.sqrt()):
-                forward_losses(model, kind, batch)
-        return total
+    def method(batch: Batch) -> None:
+        with frozen(model.parameters()), taps:
+            taps.backward(forward_losses(model, kind, batch))
 
     return method
 
 
-SKETCH = Sketch()
+def engine(*terms: str, lookahead: str = "exact", depth: float = 1.0) -> Callable[..., Method]:
+    """What scoring does with a batch, all of it: made once for a pool, as there."""
+
+    def made(model: nn.Module, kind: str) -> Method:
+        meter = Meter(model, kind, Wanted(terms, lookahead=lookahead, depth=depth))
+
+        def method(batch: Batch) -> Tensor:
+            norms = torch.from_numpy(meter.measure(batch)["gradient_norm"]).square()
+            return norms.to(batch["labels"].device)
+
+        return method
+
+    return made
+
+
+def each(method: Callable[[nn.Module, str, Batch], Any]) -> Callable[..., Method]:
+    """A method that has nothing to make once."""
+    return lambda model, kind: partial(method, model, kind)
 
 
 def loop(model: nn.Module, kind: str, batch: Batch) -> Tensor:
@@ -125,22 +140,40 @@ def opacus(model: nn.Module, kind: str, batch: Batch) -> Tensor:
             parameter.requires_grad_(True)
 
 
-METHODS: dict[str, Callable[[nn.Module, str, Batch], Any]] = {
-    "plain forward and backward": plain,
-    "forward alone": forward,
-    "gradient norm": engine(),
-    "gradient norm + convergence": engine("convergence"),
-    "all three terms, exact": engine("convergence", "lookahead"),
-    "economical": engine("convergence", "lookahead", depth=DEPTH),
-    "loop over samples": loop,
-    "torch.func.vmap(grad)": vmap,
-    "opacus": opacus,
+NORM, STEP, CONVERGENCE = "gradient_norm", "loss_reduction", "convergence"
+PLAIN, FLOOR, FORWARD = (
+    "plain forward and backward",
+    "backward, no weight's gradient",
+    "forward alone",
+)
+METHODS: dict[str, Callable[[nn.Module, str], Method]] = {
+    PLAIN: each(plain),
+    FLOOR: floor,
+    FORWARD: each(forward),
+    "gradient norm": engine(NORM),
+    "gradient norm + convergence": engine(NORM, CONVERGENCE),
+    "all three terms, exact": engine(NORM, STEP, CONVERGENCE),
+    "all three, second order": engine(NORM, STEP, CONVERGENCE, lookahead="second_order"),
+    "all three, first order": engine(NORM, STEP, CONVERGENCE, lookahead="first_order"),
+    "economical": engine(NORM, STEP, CONVERGENCE, depth=DEPTH),
+    "loop over samples": each(loop),
+    "torch.func.vmap(grad)": each(vmap),
+    "opacus": each(opacus),
 }
 TARGETS = {
     "gradient norm + convergence": (1.10, 1.15),
     "all three terms, exact": (1.70, None),
     "economical": (0.75, None),
 }
+LIMITS = {
+    "gradient norm": [FLOOR],
+    "gradient norm + convergence": [FLOOR],
+    "all three terms, exact": [FLOOR, FORWARD],
+    "all three, second order": [FLOOR, FORWARD],
+    "all three, first order": [FLOOR],
+    "economical": [FORWARD],
+}
+"""What each cannot do without, as rows of the same table: their sum is its limit."""
 
 
 def measure(case: Case, repeats: int, device: str, only: list[str]) -> dict[str, dict[str, Any]]:
@@ -153,59 +186,65 @@ def measure(case: Case, repeats: int, device: str, only: list[str]) -> dict[str,
             nn.init.normal_(parameter, std=0.02)
         moved = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
         results: dict[str, dict[str, Any]] = {name: {"times": []} for name in only}
-        norms = engine()(adapted, kind, moved[0])
-        for name in only:
-            results[name] |= first_try(METHODS[name], adapted, kind, moved[0], norms, device)
+        methods = {name: METHODS[name](adapted, kind) for name in only}
+        norms = engine(NORM)(adapted, kind)(moved[0])
+        for name, method in methods.items():
+            results[name] |= first_try(method, adapted, moved[0], device)
+            got = results[name].pop("norms", None)
+            if got is not None and name != "economical":
+                results[name]["relative_error"] = float(((got - norms).abs() / norms).max())
         for _ in range(repeats):
             for name in (n for n in only if "error" not in results[n]):
-                results[name]["times"].append(timed(through(name, adapted, kind, moved), device))
+                results[name]["times"].append(timed(through(methods[name], moved), device))
+    plain_times = results[PLAIN]["times"]
     for found in results.values():
-        times = found.pop("times")
-        found["seconds"] = statistics.median(times) if times else None
+        if times := found.pop("times"):
+            found["seconds"] = statistics.median(times)
+            ratios = [own / base for own, base in zip(times, plain_times, strict=True)]
+            found["time_ratio"] = statistics.median(ratios)
     return results
 
 
-def first_try(
-    method: Any, model: nn.Module, kind: str, batch: Batch, norms: Tensor, device: str
-) -> dict[str, Any]:
-    """Peak memory on one batch, after a run that warms up and compares the norms."""
+def first_try(method: Method, model: nn.Module, batch: Batch, device: str) -> dict[str, Any]:
+    """The norms and peak memory of one batch, after a run that warms up."""
     try:
-        got = method(model, kind, batch)
-        found: dict[str, Any] = {
-            "bytes": peak_memory(lambda: method(model, kind, batch), model, device)
-        }
+        got = method(batch)
+        return {"norms": got, "bytes": peak_memory(lambda: method(batch), model, device)}
     except Exception as error:  # rivals fail in their own ways; that is a result
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"}
-    if isinstance(got, Tensor) and method is not METHODS["economical"]:
-        found["relative_error"] = float(((got - norms).abs() / norms).max())
-    return found
 
 
-def through(name: str, model: nn.Module, kind: str, batches: list[Batch]) -> Callable[[], None]:
+def through(method: Method, batches: list[Batch]) -> Callable[[], None]:
     """A method on all batches."""
 
     def call() -> None:
         for batch in batches:
-            METHODS[name](model, kind, batch)
+            method(batch)
 
     return call
 
 
 def show(title: str, results: dict[str, dict[str, Any]]) -> None:
-    """One table: ratios to the plain pass, and the targets."""
-    base = results["plain forward and backward"]
+    """One table: ratios to the plain pass, the targets, and the limits."""
+    base = results[PLAIN]
     print(f"\n{title}: plain pass {base['seconds']:.3f} s, {base['bytes'] / 2**20:.0f} MiB")
+    print("| what | time | at most | limit | over it | memory | at most | error of norms |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, found in results.items():
         if "error" in found:
-            print(f"  {name:30} fails: {found['error']}")
+            print(f"| {name} | fails: {found['error']} | | | | | | |")
             continue
-        found["time_ratio"] = found["seconds"] / base["seconds"]
         found["memory_ratio"] = found["bytes"] / base["bytes"]
-        targets = TARGETS.get(name, (None, None))
-        wanted = "  at most " + ", ".join(f"{t:.2f}" for t in targets if t) if any(targets) else ""
-        error = f"  error {found['relative_error']:.0e}" if "relative_error" in found else ""
-        ratios = f"{found['time_ratio']:6.2f}x time {found['memory_ratio']:6.2f}x memory"
-        print(f"  {name:30} {ratios}{wanted}{error}")
+        below = [results[row] for row in LIMITS.get(name, ()) if row in results]
+        if below:
+            found["time_limit"] = sum(row["time_ratio"] for row in below)
+        limit, ratio = found.get("time_limit"), found["time_ratio"]
+        most, most_memory = TARGETS.get(name, (None, None))
+        over = f"{ratio / limit - 1:+.0%}" if limit else ""
+        error = f"{found['relative_error']:.0e}" if "relative_error" in found else ""
+        cells = [ratio, most, limit, over, found["memory_ratio"], most_memory, error]
+        shown = [f"{c:.2f}" if isinstance(c, float) else c or "" for c in cells]
+        print(f"| {name} | {' | '.join(shown)} |", flush=True)
 
 
 def main() -> None:

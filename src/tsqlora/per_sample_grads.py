@@ -184,6 +184,7 @@ class PerSampleGradients:
         self.lengths: set[int] = set()
         self._samples = 0
         self._reached = False
+        self._parameters = list(model.parameters())
         self._taps = SampleTaps({n: s.module for n, s in self.sites.items()}, self._consume)
         watched = [s.module for s in self.sites.values()] + [e.block for e in self.experts]
         self.replay = Replay(model, watched) if depth < 1 else None
@@ -200,7 +201,7 @@ class PerSampleGradients:
         return found
 
     def __enter__(self) -> PerSampleGradients:
-        self._stack.enter_context(frozen(self.model.parameters()))
+        self._stack.enter_context(frozen(self._parameters))
         self._stack.enter_context(self._taps)
         if self.replay:
             self._stack.enter_context(self.replay.recording())
