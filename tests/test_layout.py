@@ -21,7 +21,7 @@ ORDER = [
     "losses", "batches", "heads", "loading", "encoding", "encoded", "labels",
     "base_task", "tasks", "generation", "metrics",
     "hooks", "replay", "lora_layers", "factors", "experts",
-    "adaptation", "per_sample_grads", "lookahead",
+    "global_batches", "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
     "memory", "measuring", "parts", "null", "scoring", "estimators", "sensitivity",
     "allocation", "adapter", "merging", "export", "dynamic_rank", "callback",

@@ -13,10 +13,11 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from tsqlora.batches import Collator, model_columns, try_out
 from tsqlora.errors import TrainingError
+from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.losses import infer_kind
 
 FEW, MOST = 100, 500
@@ -96,7 +97,9 @@ def adapt_briefly(
         arguments = adaptation.arguments(folder)
         set_seed(adaptation.seed)
         rows = model_columns(model, dataset)
-        Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+        GlobalBatchTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collator
+        ).train()
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise TrainingError(
             "The brief adaptation diverged: lower training.learning_rate or look for extreme "

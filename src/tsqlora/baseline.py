@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from tsqlora.finished import measure
+from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import wrap
 from tsqlora.training import training_arguments
@@ -28,6 +29,8 @@ def train_plain_lora(inputs: Inputs, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(settings, Path(folder), config.seed)
         data = inputs.splits.train
-        Trainer(model, arguments, train_dataset=data, data_collator=task.collate).train()
+        GlobalBatchTrainer(
+            model=model, args=arguments, train_dataset=data, data_collator=task.collate
+        ).train()
     split = list(inputs.splits.measured.values())[-1]
     return measure(config, task, model, split)

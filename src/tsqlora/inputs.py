@@ -63,10 +63,13 @@ class Inputs:
     """Loads each part when it is first asked for, and once.
 
     With a `folder` the encoded pool lies there on disk rather than in memory.
+
+    Attributes:
+        together: how many processes the training is for, which its batches depend on.
     """
 
     def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.together = config, folder, 1
 
     @cached_property
     def raw(self) -> dict[str, Dataset]:
@@ -126,7 +129,9 @@ class Inputs:
         """Of everything that `stage` depends on: its keys, and the stages and data before it."""
         stages, plain = list(NEEDS), self.config.to_dict()
         before = stages.index(stage)
-        upstream = self.digest(stages[before - 1]) if before else self.fingerprints
+        upstream: Any = self.digest(stages[before - 1]) if before else self.fingerprints
+        if not before and self.together > 1:
+            upstream = [upstream, self.together]
         return digest(stage, [_dig(plain, key) for key in NEEDS[stage]], upstream)
 
 

@@ -200,7 +200,14 @@ class Run:
         return plan
 
     def train(self) -> None:
-        """Stage 4: training with moving ranks, then the compact adapter."""
+        """Stage 4: training with moving ranks, then the compact adapter.
+
+        In all processes; what was measured for another number of them is measured again.
+        """
+        if self.inputs.together != processes.count():
+            self.inputs.together = processes.count()
+            for made in ("first", "scorer", "warm_model"):
+                self.__dict__.pop(made, None)
         inputs = self.inputs.digest("training")
         if self.folder.is_done("training", inputs, [self.folder.adapter]):
             logger.info("4/4 Training: there already")
@@ -252,7 +259,7 @@ class Run:
     @cached_property
     def first(self) -> Adaptation:
         """How stage 0 goes."""
-        return first_steps(self.config, len(self.inputs.splits.train))
+        return first_steps(self.config, len(self.inputs.splits.train), self.inputs.together)
 
     @property
     def arguments(self) -> TrainingArguments:
@@ -266,7 +273,7 @@ class Run:
             self.inputs.task.collate,
             self.config.quality,
             self.first.learning_rate,
-            self.first.batch_size,
+            self.first.batch_size // self.inputs.together,
             self.config.seed,
         )
 

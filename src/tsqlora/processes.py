@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
+from torch.distributed import distributed_c10d
+
+from tsqlora.errors import TsqloraError
+
+T = TypeVar("T")
 
 logger = logging.getLogger("tsqlora")
+_alone = False
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """What a launcher tells each process of itself."""
@@ -34,13 +41,13 @@ def join() -> None:
 
 
 def count() -> int:
-    """How many processes have joined; 1 where none was launched."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes have joined; 1 where none was launched, or inside `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def index() -> int:
     """The number of this one, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def is_main() -> bool:
@@ -52,6 +59,59 @@ def wait() -> None:
     """Go on when all processes have come here."""
     if count() > 1:
         dist.barrier()
+
+
+def total(value: float) -> float:
+    """The sum of what each process came with."""
+    if count() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(shared)
+    return float(shared)
+
+
+def gather(value: T) -> list[T]:
+    """What each process came with, in their order; any small object."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` gives in the main process, which alone runs it, in all of them.
+
+    Raises:
+        TsqloraError: the main process's, in all of them.
+    """
+    found: list[Any] = [None, None]
+    if is_main():
+        try:
+            found[0] = function()
+        except TsqloraError as error:
+            found[1] = error
+    if count() > 1:
+        dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return cast(T, found[0])
+
+
+def speaks() -> bool:
+    """Whether this process is the first of all to fail, so that one of them tells what is wrong."""
+    if count() == 1:
+        return True
+    try:
+        return distributed_c10d._get_default_store().add("tsqlora/failed", 1) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return False
+
+
+def _device() -> torch.device:
+    """Where tensors have to be to be exchanged."""
+    gloo = "gloo" in dist.get_backend()
+    return torch.device("cpu") if gloo else PartialState().device
 
 
 @contextmanager
@@ -71,9 +131,12 @@ def alone() -> Iterator[None]:
     if not hidden:  # it is alone, and arguments made before hold accelerate's state
         yield
         return
+    global _alone
     AcceleratorState._reset_state(reset_partial_state=True)
+    _alone = True
     try:
         yield
     finally:
+        _alone = False
         os.environ.update(hidden)
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,8 +23,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from tsqlora import processes
 from tsqlora.artefacts import os_errors
 from tsqlora.errors import ConfigError, TrainingError
+from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.selection import LengthGrouped, QualitySampler
 
 logger = logging.getLogger("tsqlora")
@@ -47,7 +48,7 @@ COMPLETE = "complete"
 """Marker written last into a checkpoint: one without it was cut off while being written."""
 
 
-class PoolTrainer(Trainer):
+class PoolTrainer(GlobalBatchTrainer):
     """A Trainer that takes its order from `sampler` and stops at a loss that is not finite."""
 
     def __init__(self, sampler: QualitySampler, **settings: Any) -> None:
@@ -63,7 +64,7 @@ class PoolTrainer(Trainer):
             return self.sampler
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped(self.sampler, lengths, batch)
+        return LengthGrouped(self.sampler, lengths, batch * processes.count())
 
     def training_step(
         self, model: nn.Module, inputs: Any, *rest: Any, **named: Any

@@ -22,25 +22,29 @@ from tsqlora.selection import draw_size
 from tsqlora.training import DEFAULTS, training_arguments, training_passes
 
 
-def first_steps(config: RunConfig, samples: int) -> Adaptation:
-    """The adaptation, for a pool of so many samples.
+def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptation:
+    """The adaptation, for a pool of so many samples and a training in `together` processes.
 
     By default it has as many steps as what comes after, at most 500; the rate falls linearly to the
-    share of the steps that are left, unless the training's stays constant.
+    share of the steps that are left, unless the training's stays constant. One process takes the
+    batches of all.
     """
     settings = {**DEFAULTS, **config.training}
     with processes.alone(), tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(settings, Path(folder), config.seed)
     drawn = draw_size(samples, config.quality.fraction)
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    after = math.ceil(training_passes(arguments, drawn) / batch)
+    at_once = arguments.per_device_train_batch_size * together
+    batch = at_once * arguments.gradient_accumulation_steps
+    after = arguments.max_steps
+    if after <= 0:
+        after = math.ceil(training_passes(arguments, drawn) / batch)
     given = config.quality.adapt_steps
     steps = default_steps(after) if given is None else given
     constant = str(settings["lr_scheduler_type"]).startswith("constant")
     return Adaptation(
         steps,
         float(settings["learning_rate"]),
-        int(settings["per_device_train_batch_size"]),
+        at_once,
         config.seed,
         1.0 if constant else after / max(1, steps + after),
         config.training,

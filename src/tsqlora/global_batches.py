@@ -1,0 +1,140 @@
+"""A Trainer whose steps do not depend on how many processes take them.
+
+The batches of one process are shared out, without overlap or repetition, and every step minimises
+the mean over the targets of all its samples: target tokens, or labels, whatever the number of
+processes, of accumulated batches, or of samples that are left for the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+
+from tsqlora import processes
+from tsqlora.losses import infer_kind, target_lengths
+
+SPARE = "tsqlora_spare"
+"""In a batch that only keeps a process company which has no sample of its own."""
+
+Rows = list[dict[str, Any]]
+
+
+class Shares(Sampler[list[int]]):
+    """What one of several processes takes of each batch that `sampler` gives them all together.
+
+    A batch has `each` samples for every process; the last one is shared out as evenly as it can
+    be, so some may get nothing of it. Together the shares are the sampler's order.
+    """
+
+    def __init__(
+        self, sampler: Sampler[int], each: int, index: int, count: int, drop_last: bool = False
+    ) -> None:
+        self.sampler, self.each, self.drop_last = sampler, each, drop_last
+        self.index, self.count = index, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for position in self.sampler:
+            batch.append(position)
+            if len(batch) == self.each * self.count:
+                yield self._own(batch)
+                batch = []
+        if batch and not self.drop_last:
+            yield self._own(batch)
+
+    def __len__(self) -> int:
+        samples, together = len(self.sampler), self.each * self.count  # type: ignore[arg-type]
+        return samples // together if self.drop_last else -(-samples // together)
+
+    def _own(self, batch: list[int]) -> list[int]:
+        start, stop = (len(batch) * i // self.count for i in (self.index, self.index + 1))
+        return batch[start:stop]
+
+
+class GlobalBatchTrainer(Trainer):
+    """A Trainer for models of the four kinds, with a map-style data set and batches with `labels`.
+
+    transformers leaves it to each model to divide its loss by the targets of the whole step, which
+    those with a loss of their own (BERT's, BART's, T5's) do not do: their loss comes out as many
+    times too large as there are processes and accumulated batches.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.model_accepts_loss_kwargs = False  # no model divides by itself
+        self.kind = infer_kind(self.model)
+        self._targets = 1.0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process."""
+        if processes.count() == 1:
+            return super().get_train_dataloader()
+        sampler = self._get_train_sampler(self.train_dataset)
+        each, args = self._train_batch_size, self.args
+        shares = Shares(
+            sampler, each, processes.index(), processes.count(), args.dataloader_drop_last
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=shares,
+            collate_fn=_Company(self.data_collator, self.train_dataset),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The batches of one step; counts the targets that all processes have in it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._targets = processes.total(sum(self._counted(batch) for batch in batches))
+        return batches, None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's mean over the batch; in training as a share of the mean over the step."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        share = self._counted(inputs) / max(self._targets, 1.0)
+        inputs.pop(SPARE, None)
+        # what the Trainer divides by, and DDP by averaging gradients over the processes
+        share *= self.current_gradient_accumulation_steps * processes.count()
+        found = super().compute_loss(model, inputs, return_outputs)
+        if share == 1:
+            return found
+        return (found[0] * share, found[1]) if return_outputs else found * share
+
+    def _counted(self, batch: dict[str, Any]) -> float:
+        """The targets of a batch."""
+        if SPARE in batch:
+            return 0.0
+        return float(target_lengths(self.kind, batch["labels"]).sum())
+
+
+class _Company:
+    """A collator that gives a process without samples the first row, marked, to stay in step."""
+
+    def __init__(self, collator: Callable[[Rows], Any], dataset: Dataset) -> None:
+        self.collator, self.dataset = collator, dataset
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        if rows:
+            return dict(self.collator(rows))
+        return {**self.collator([self.dataset[0]]), SPARE: torch.ones(1)}
