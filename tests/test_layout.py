@@ -17,7 +17,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 
 # Each module imports only modules that stand before it.
 ORDER = [
-    "errors", "schema", "config", "artefacts", "processes", "table_files", "data",
+    "errors", "schema", "config", "artefacts", "seals", "interruption", "processes", "checkpoints",
+    "table_files", "data",
     "losses", "batches", "heads", "loading", "encoding", "encoded", "labels",
     "base_task", "tasks", "generation", "metrics",
     "hooks", "replay", "lora_layers", "factors", "experts",

@@ -75,13 +75,13 @@ def test_an_interrupted_training_goes_on_to_the_identical_adapter(tmp_path: Path
     script = f"""
 import signal
 from transformers import TrainerCallback
-from tsqlora import training
-class Stop(training.InterruptCallback):
+from tsqlora import checkpoints
+class Stop(checkpoints.InterruptCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 7:
             signal.raise_signal(signal.SIGINT)
         super().on_step_end(args, state, control, **kwargs)
-training.InterruptCallback = Stop
+checkpoints.InterruptCallback = Stop
 from tsqlora.cli import main
 raise SystemExit(main(["train", {str(config)!r}]))
 """

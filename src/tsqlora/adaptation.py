@@ -6,9 +6,11 @@ starts from the adapted one, so these steps are the first part of the training (
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -16,6 +18,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from tsqlora.batches import Collator, model_columns, try_out
+from tsqlora.checkpoints import last_checkpoint, train_from
 from tsqlora.errors import TrainingError
 from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.losses import infer_kind
@@ -23,6 +26,8 @@ from tsqlora.losses import infer_kind
 FEW, MOST = 100, 500
 """Steps where the training's length is not known; steps after which no more is to be learnt of the
 samples (benchmarks/LOG.md)."""
+SAVES = 5
+"""Checkpoints over an adaptation, of which the last is kept."""
 _KEPT = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "weight_decay"),
     *("gradient_accumulation_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
@@ -57,8 +62,13 @@ class Adaptation:
         """Samples an optimizer step."""
         return self.batch_size * int(self.settings.get("gradient_accumulation_steps", 1))
 
-    def arguments(self, folder: str) -> TrainingArguments:
-        """For a Trainer that writes nothing but into `folder`."""
+    def arguments(self, folder: str | Path, saving: bool) -> TrainingArguments:
+        """For a Trainer that writes into `folder` alone: checkpoints as the training does, if
+        `saving`, where that goes by steps, else five over all steps.
+        """
+        save_steps = math.ceil(self.steps / SAVES)
+        if self.settings.get("save_strategy") == "steps":
+            save_steps = self.settings.get("save_steps", save_steps)
         rate: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
         if self.ends_at < 1:
             end = {"lr_end": self.ends_at * self.learning_rate, "power": 1.0}
@@ -71,7 +81,9 @@ class Adaptation:
             per_device_train_batch_size=self.batch_size,
             warmup_steps=max(1, self.steps // 10),
             seed=self.seed,
-            save_strategy="no",
+            save_strategy="steps" if saving else "no",
+            save_steps=save_steps,
+            save_total_limit=1,
             logging_strategy="no",
             report_to="none",
             remove_unused_columns=False,  # `model_columns` spares those that collators read
@@ -80,26 +92,37 @@ class Adaptation:
 
 
 def adapt_briefly(
-    model: nn.Module, dataset: Dataset, collator: Collator, adaptation: Adaptation
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    adaptation: Adaptation,
+    folder: Path | None = None,
 ) -> None:
     """Train what is trainable in `model` on `dataset`, drawn uniformly, in place.
 
-    One pass a sample and step.
+    One pass a sample and step. With a `folder` it goes on from the last checkpoint there, if there
+    is one, and leaves its own there.
 
     Raises:
         ModelError: the model cannot take the samples.
         TrainingError: the parameters are no longer finite.
+        KeyboardInterrupt: with a `folder`, after the checkpoint that Ctrl-C or SIGTERM asked for.
     """
     try_out(model, infer_kind(model), dataset, collator)
     if adaptation.steps <= 0:
         return
-    with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
-        arguments = adaptation.arguments(folder)
+    with tempfile.TemporaryDirectory(prefix="tsqlora-") as temporary:
+        saving = folder is not None and adaptation.settings.get("save_strategy") != "no"
+        arguments = adaptation.arguments(folder or temporary, saving)
         set_seed(adaptation.seed)
         rows = model_columns(model, dataset)
-        GlobalBatchTrainer(
+        trainer = GlobalBatchTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collator
-        ).train()
+        )
+        if folder is None:
+            trainer.train()
+        else:
+            train_from(trainer, last_checkpoint(folder))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise TrainingError(
             "The brief adaptation diverged: lower training.learning_rate or look for extreme "

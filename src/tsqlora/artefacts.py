@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -94,11 +96,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         with os_errors(path):
             temporary.mkdir(parents=True)
             yield temporary
-            for file in filter(Path.is_file, temporary.rglob("*")):
-                _sync(file)
+            for written in (*temporary.rglob("*"), temporary):
+                sync(written)
             with suppress(FileNotFoundError):
                 os.replace(path, old)
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
@@ -223,9 +226,55 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+def prepare_folder(folder: Path, inputs: str) -> None:
+    """Keep what is in `folder` if it was made of the same `inputs` (a digest), else clear it.
+
+    Raises:
+        RunError: as `os_errors`.
+    """
+    note = folder / "inputs.json"
+    try:
+        same = read_json(note).get("inputs") == inputs
+    except RunError:
+        same = False
+    if not same:
+        remove(folder)
+        atomic_write_json(note, {"inputs": inputs})
+
+
+def remove_temporaries(folder: Path, of: str = "") -> None:
+    """Remove what killed processes left in `folder` and below; `of` one name in it, if given."""
+    named = folder.glob(f".{glob.escape(of)}.*.tmp") if of else folder.rglob(".*.tmp")
+    for left in list(named):
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, which goes under another name first: none is ever half there.
+
+    Raises:
+        RunError: as `os_errors`.
+    """
+    with os_errors(path), suppress(FileNotFoundError):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+            return
+        gone = path if is_temporary(path) else temporary_name(path)
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """See a file, or the names in a folder, on the disk, where the file system can do that.
+
+    After a power cut, what was renamed later is then never there without what was renamed before.
+    """
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from tsqlora import __version__
 from tsqlora.config import RunConfig
 from tsqlora.errors import TsqloraError
+from tsqlora.interruption import Terminated, handling, stop
 
 Result = dict[str, Any]
 
@@ -121,20 +122,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit status: 0 done, 2 the user's mistake, 130 interrupted, 1 our fault."""
+    """Run a verb. Exit status: 0 done, 2 the user's mistake, 130 interrupted by Ctrl-C and 143 by
+    SIGTERM, 1 our fault.
+    """
     arguments = parser().parse_args(argv)
     _say_only_what_matters()
     verb: Callable[[argparse.Namespace], Result] = globals()[arguments.verb]
     try:
-        with redirect_stdout(sys.stderr):  # the Trainer prints; stdout is for the result alone
+        with (
+            handling(stop),
+            redirect_stdout(sys.stderr),
+        ):  # the Trainer prints; stdout is for the result alone
             result = verb(arguments)
     except TsqloraError as error:
         print(f"tsqlora: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         remedy = " and --resume" if "resume" in arguments else ""
         print(f"tsqlora: interrupted; go on with the same command{remedy}.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     if os.environ.get("RANK", "0") != "0":
         return 0  # of several processes (`accelerate launch`) the first speaks for all
     print(json.dumps(result, indent=2) if arguments.json else _readable(result))

@@ -20,13 +20,13 @@ from tsqlora.run_folder import RunFolder
 
 
 @contextmanager
-def counted(folder: RunFolder, stage: str, passes: float, going_on: bool = False) -> Iterator[None]:
-    """Add the seconds spent inside to `stage`, and its passes once it is through.
+def counted(folder: RunFolder, stage: str, passes: float, before: float = 0.0) -> Iterator[None]:
+    """Note the seconds spent inside for `stage`, and its passes once it is through.
 
-    `going_on`: the stage continues what an interrupted run began, whose seconds count too.
+    `before`: the seconds that an interrupted run took for what this one goes on from. Work that was
+    lost with it and is done again counts once, in seconds as in passes.
     """
     stages = _stages(folder)
-    before = stages.get(stage, {}).get("seconds", 0.0) if going_on else 0.0
     started = time.perf_counter()
     done = 0.0
     try:

@@ -44,7 +44,7 @@ def on_disk(tables: Iterator[pa.Table], file: Path, inputs: str) -> Dataset:
         RunError: the disk is full or may not be written to.
     """
     note = file.with_suffix(".inputs")
-    if not (file.exists() and note.exists() and note.read_text(encoding="utf-8") == inputs):
+    if not (file.exists() and note.exists() and note.read_text("utf-8") == _note(file, inputs)):
         note.unlink(missing_ok=True)
         with atomic_file(file) as temporary:
             first = next(tables)
@@ -52,5 +52,9 @@ def on_disk(tables: Iterator[pa.Table], file: Path, inputs: str) -> Dataset:
                 writer.write_table(first)
                 for table in tables:
                     writer.write_table(table)
-        atomic_write_text(note, inputs)
+        atomic_write_text(note, _note(file, inputs))
     return Dataset.from_file(str(file))
+
+
+def _note(file: Path, inputs: str) -> str:
+    return f"{inputs} {file.stat().st_size} bytes"

@@ -13,7 +13,13 @@ from torch import nn
 from transformers import set_seed
 
 from tsqlora.adapter import load_adapter
-from tsqlora.artefacts import atomic_folder, atomic_write_text, os_errors, read_json
+from tsqlora.artefacts import (
+    atomic_folder,
+    atomic_write_text,
+    os_errors,
+    read_json,
+    remove_temporaries,
+)
 from tsqlora.config import RunConfig
 from tsqlora.data import load_dataset
 from tsqlora.errors import RunError
@@ -76,6 +82,7 @@ class FinishedRun:
         """
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise RunError(f"{out} is there already and not empty: name a new folder by --out.")
+        remove_temporaries(out.parent, of=out.name)
         with os_errors(out), atomic_folder(out) as folder:
             export_adapter(self.model(), folder, format)
             self.task.save_tokenizers(folder)

@@ -8,7 +8,6 @@ processes may write into one folder.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from tsqlora.artefacts import atomic_file, atomic_write_json, is_temporary, read_json
+from tsqlora.artefacts import atomic_file, prepare_folder, remove_temporaries
 from tsqlora.errors import RunError
+from tsqlora.seals import checksum
 
 logger = logging.getLogger("tsqlora")
 
@@ -36,12 +36,12 @@ class Parts:
 
     def prepare(self, inputs: str) -> None:
         """Keep what is there if it was measured on the same `inputs` (a digest), else clear it."""
-        note = self.folder / "inputs.json"
-        if not (note.exists() and read_json(note).get("inputs") == inputs):
-            self.remove()
-            atomic_write_json(note, {"inputs": inputs})
-        for left in filter(is_temporary, self.folder.iterdir()):
-            left.unlink()
+        prepare_folder(self.folder, inputs)
+        remove_temporaries(self.folder)
+        for file in self._files():
+            if not _whole(file):
+                logger.warning("%s is broken: it is measured again.", file)
+                file.unlink()
         if there := len(self.there()):
             logger.info("    going on: %d parts are measured already", there)
 
@@ -55,23 +55,36 @@ class Parts:
         columns: dict[str, np.ndarray],
         halvings: int,
         sums: dict[str, np.ndarray] | None = None,
+        seconds: float = 0.0,
     ) -> None:
-        """Write a part; `halvings` (see `memory.Halving`) is kept beside it, and so are `sums`."""
+        """Write a part; `halvings` (see `memory.Halving`), `seconds` and `sums` lie beside it."""
+        note = {"halvings": str(halvings), "seconds": str(seconds)}
+        final = self.folder / f"part-{part:06}.parquet"
         if sums:
-            with atomic_file(self.folder / f"part-{part:06}.safetensors") as file:
+            with atomic_file(_sums(final)) as file:
                 save_file(sums, file)
+                note["sums"] = str(checksum(file))
         table = pa.table({name: _to_arrow(values) for name, values in columns.items()})
-        table = table.replace_schema_metadata({"halvings": str(halvings)})
-        with atomic_file(self.folder / f"part-{part:06}.parquet") as file:
+        table = table.replace_schema_metadata(note)
+        with atomic_file(final) as file:
             pq.write_table(
-                table, file, compression="none", use_dictionary=False, write_statistics=False
+                table,
+                file,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
             )
 
     @property
     def halvings(self) -> int:
         """The most halvings of any part."""
-        notes = [pq.read_schema(file).metadata[b"halvings"] for file in self._files()]
-        return max(map(int, notes), default=0)
+        return max((int(_note(file)[b"halvings"]) for file in self._files()), default=0)
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that all parts took, as far as they can be read."""
+        return sum(float(_note(file).get(b"seconds", 0)) for file in self._files())
 
     @property
     def names(self) -> list[str]:
@@ -98,20 +111,21 @@ class Parts:
     def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(positions, values) of a column, a part at a time, always in the same order."""
         for file in self._files():
-            table = pq.read_table(file, columns=["position", name], memory_map=False)
+            table = pq.read_table(
+                file,
+                columns=["position", name],
+                memory_map=False,
+                page_checksum_verification=True,
+            )
             yield table["position"].to_numpy(), _to_numpy(table[name].combine_chunks())
 
     def summed(self) -> dict[str, np.ndarray]:
         """The `sums` of all parts added up in their order, whichever process wrote which."""
         total: dict[str, np.ndarray] = {}
         for file in self._files():
-            for name, values in load_file(file.with_suffix(".safetensors")).items():
+            for name, values in load_file(_sums(file)).items():
                 total[name] = total.get(name, 0.0) + values.astype(np.float64)
         return total
-
-    def remove(self) -> None:
-        """Clear the folder away."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> Sequence[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
@@ -131,6 +145,26 @@ class StoredSketches:
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(positions, sketches) a part at a time."""
         return self.parts.blocks("sketch")
+
+
+def _sums(part: Path) -> Path:
+    return part.with_suffix(".safetensors")
+
+
+def _note(part: Path) -> dict[bytes, bytes]:
+    try:
+        return pq.read_schema(part).metadata
+    except (OSError, pa.ArrowException):
+        return {}
+
+
+def _whole(part: Path) -> bool:
+    try:
+        pq.read_table(part, memory_map=False, page_checksum_verification=True)
+        sums = _note(part).get(b"sums")
+        return sums is None or int(sums) == checksum(_sums(part))
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -25,9 +24,12 @@ from tsqlora.artefacts import (
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
+    prepare_folder,
     read_json,
+    remove,
 )
 from tsqlora.callback import DynamicRankCallback
+from tsqlora.checkpoints import last_checkpoint, seconds_before
 from tsqlora.config import RunConfig
 from tsqlora.cost import counted, record_parameters
 from tsqlora.dynamic_rank import Reallocation
@@ -42,6 +44,7 @@ from tsqlora.quality import QualityScores
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
+from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
 from tsqlora.training import PoolTrainer, run_training
@@ -101,23 +104,32 @@ class Run:
         model = wrap(base, uniform_config(self.config, base))
         saved, inputs = self.folder.warmup / "state.safetensors", self.inputs.digest("adaptation")
         done = self.folder.is_done("adaptation", inputs, [saved])
+        if done and (reason := why_broken(self.folder.warmup)):
+            logger.warning("%s is made again: %s.", self.folder.warmup, reason)
+            done = False
         processes.wait()  # until all have looked
         if not done and processes.is_main():
-            self._adapt(model)
+            self._adapt(model, inputs)
             with atomic_folder(self.folder.warmup) as folder:
                 save_file(trainable_state(model), folder / "state.safetensors")
+                seal(folder)
             self.folder.mark_done("adaptation", inputs)
+        if processes.is_main():
+            remove(self.folder.adapting)
         processes.wait()
         load_trainable_state(model, load_file(saved))
         return model.to(self.arguments.device)
 
-    def _adapt(self, model: PeftModel) -> None:
+    def _adapt(self, model: PeftModel, inputs: str) -> None:
         """In one process, whatever their number, so that all score under the same model."""
         check_run(self.config, model, self.inputs.splits)
-        first = self.first
+        first, folder = self.first, self.folder.adapting
+        prepare_folder(folder, inputs)
+        before = seconds_before(last_checkpoint(folder))
+        passes = first.steps * first.batch
         logger.info("0/4 Brief adaptation: %d steps of %d samples", first.steps, first.batch)
-        with processes.alone(), counted(self.folder, "adaptation", first.steps * first.batch):
-            adapt_briefly(model, self.inputs.splits.train, self.inputs.task.collate, first)
+        with processes.alone(), counted(self.folder, "adaptation", passes, before):
+            adapt_briefly(model, self.inputs.splits.train, self.inputs.task.collate, first, folder)
 
     def score(self) -> QualityScores:
         """Stage 1: the quality of every sample."""
@@ -126,6 +138,8 @@ class Run:
             logger.info("1/4 Quality scores: there already")
         else:
             self._score(inputs)
+        if processes.is_main():
+            remove(self.folder.measured)
         return QualityScores.from_parquet(self.folder.scores)
 
     def _score(self, inputs: str) -> None:
@@ -133,9 +147,10 @@ class Run:
         pool, reference = self.inputs.splits.train, self.inputs.splits.reference
         model, measured = self.warm_model, self.folder.measured
         logger.info("1/4 Quality scores of %d samples", len(pool))
-        going_on = measured.exists()
         passes = self.scorer.passes(self.config.task, len(pool), len(reference or ()))
-        with counted(self.folder, "scores", passes, going_on):
+        if processes.is_main():
+            prepare_folder(measured, inputs)
+        with counted(self.folder, "scores", passes, self.scorer.seconds_before(measured)):
             self.scorer.measure(model, pool, reference, measured, inputs)
             processes.wait()
             if processes.is_main():
@@ -143,7 +158,6 @@ class Run:
                 with atomic_file(self.folder.scores) as file:
                     scores.to_parquet(file)
                 self.folder.mark_done("scores", inputs)
-                shutil.rmtree(measured)
                 effective = scores.effective_samples / len(scores.ids)
                 logger.info(
                     "    %s; effective share of the pool %.0f %%", scores.verdict, 100 * effective
@@ -226,9 +240,11 @@ class Run:
             callbacks=[dynamic] if self.config.ranks.dynamic else [],
         )
         logger.info(f"4/4 Training: {len(sampler)} samples an epoch")
-        going_on = self._begun(inputs)
-        with counted(self.folder, "training", trainer.passes(), going_on):
-            run_training(trainer, resume=going_on)
+        with processes.main_first():
+            prepare_folder(self.folder.training, inputs)
+            checkpoint = last_checkpoint(self.folder.training)
+        with counted(self.folder, "training", trainer.passes(), seconds_before(checkpoint)):
+            run_training(trainer, checkpoint)
         log = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
         atomic_write_text(self.folder.train_log, "".join(json.dumps(line) + "\n" for line in log))
         record_parameters(self.folder, trained_parameters(model, plan))
@@ -304,13 +320,6 @@ class Run:
     def _save_moves(self, moves: Sequence[Reallocation]) -> None:
         lines = [json.dumps(move.to_dict()) + "\n" for move in moves]
         atomic_write_text(self.folder.ranks, "".join(lines))
-
-    def _begun(self, inputs: str) -> bool:
-        """Whether the checkpoints are of this very training; notes that from now on they are."""
-        note = self.folder.checkpoints / "train.inputs"
-        begun = note.exists() and note.read_text(encoding="utf-8") == inputs
-        atomic_write_text(note, inputs)
-        return begun
 
 
 def trained_parameters(model: PeftModel, plan: RankPlan) -> int:

@@ -70,6 +70,15 @@ def total(value: float) -> float:
     return float(shared)
 
 
+def largest(value: int) -> int:
+    """The largest of what each process came with."""
+    if count() == 1:
+        return value
+    shared = torch.tensor(value, device=_device())
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
 def gather(value: T) -> list[T]:
     """What each process came with, in their order; any small object."""
     if count() == 1:

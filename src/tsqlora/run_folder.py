@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tsqlora import processes
 from tsqlora.artefacts import (
     VERSION,
     atomic_write_json,
@@ -18,6 +19,7 @@ from tsqlora.artefacts import (
     os_errors,
     plain,
     read_json,
+    remove_temporaries,
     temporary_name,
 )
 from tsqlora.config import RunConfig
@@ -78,6 +80,11 @@ class RunFolder:
         return self.checkpoints / "warmup"
 
     @property
+    def adapting(self) -> Path:
+        """The checkpoints of the brief adaptation while it goes on."""
+        return self.checkpoints / "adaptation"
+
+    @property
     def encoded(self) -> Path:
         """The pool as the model takes it; made again where it is gone."""
         return self.checkpoints / "encoded"
@@ -134,6 +141,8 @@ class RunFolder:
             if run.path.exists() and not run.path.is_dir():
                 raise RunError(f"{run.path} is a file, not a folder: choose another `output`.")
             run.path.mkdir(parents=True, exist_ok=True)
+            if processes.is_main():
+                remove_temporaries(run.path)
             run._check_room()
             if run.config.exists() and not run._without_artefacts():
                 run._check_same(config)
@@ -203,7 +212,7 @@ class RunFolder:
 
     def _entries(self) -> set[str]:
         names = {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
-        if self.encoded.exists() and {*self.checkpoints.iterdir()} == {self.encoded}:
+        if self.checkpoints.exists() and {*self.checkpoints.iterdir()} <= {self.encoded}:
             names.discard(self.checkpoints.name)  # no artefact of a stage
         return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -137,6 +138,11 @@ class Scorer:
                         processes.wait()  # until all parts are there
                     direction = parts.summed()
 
+    def seconds_before(self, folder: Path) -> float:
+        """The seconds that the processes took, side by side, for what is in `folder`."""
+        measured = sum(Parts(part, 0).seconds for part in folder.glob("*") if part.is_dir())
+        return measured / processes.count()
+
     def scores(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
     ) -> QualityScores:
@@ -167,6 +173,7 @@ class Scorer:
         with progress(
             pool.tokens, ahead, f"{parts.folder.name} scores", hidden=first > 0
         ) as passed:
+            began = time.perf_counter()
             for number, chunk in chunks.items():
                 measured: list[Columns] = []
                 for positions in chunk:
@@ -174,7 +181,9 @@ class Scorer:
                         measured.append({"position": places, **meter.measure(batch)})
                     passed(positions)
                 columns = {k: np.concatenate([m[k] for m in measured]) for k in measured[0]}
-                parts.write(number, columns, meter.halving.halvings, meter.take_units())
+                began, before = time.perf_counter(), began
+                halvings, units = meter.halving.halvings, meter.take_units()
+                parts.write(number, columns, halvings, units, began - before)
 
     def _measurements(
         self, parts: Parts, model: nn.Module, rows: Dataset, null: bool

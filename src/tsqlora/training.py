@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments
 
 from tsqlora import processes
-from tsqlora.artefacts import os_errors
+from tsqlora.checkpoints import train_from, whole_checkpoints
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.selection import LengthGrouped, QualitySampler
-
-logger = logging.getLogger("tsqlora")
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -44,8 +31,6 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,  # which else hangs on the verbosity of transformers
 }
 GROUPED = "group_by_length"
-COMPLETE = "complete"
-"""Marker written last into a checkpoint: one without it was cut off while being written."""
 
 
 class PoolTrainer(GlobalBatchTrainer):
@@ -110,6 +95,11 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
             "training.train_sampling_strategy: tsqlora draws the samples by their quality; use "
             f"{GROUPED} for fewer padded tokens, or leave it out."
         )
+    if arguments.save_only_model:
+        raise ConfigError(
+            "training.save_only_model leaves out what --resume needs; for no checkpoints at all "
+            "use save_strategy: 'no'."
+        )
     if arguments.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise ConfigError(
             f"training.metric_for_best_model: {arguments.metric_for_best_model} is not measured "
@@ -118,87 +108,23 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
     return arguments
 
 
-def resumable_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint; half-written ones are removed with a warning."""
-    while (last := get_last_checkpoint(str(folder)) if folder.is_dir() else None) is not None:
-        if (Path(last) / COMPLETE).exists():
-            return last
-        logger.warning("%s is not complete or not finite: removed.", last)
-        shutil.rmtree(last)
-    return None
-
-
-def run_training(trainer: PoolTrainer, resume: bool) -> None:
-    """Train, or go on from the last complete checkpoint. Ctrl-C saves a checkpoint first.
+def run_training(trainer: PoolTrainer, checkpoint: Path | None) -> None:
+    """Train, or go on from `checkpoint`.
 
     Raises:
         TrainingError: the loss is not finite.
         ConfigError: a key of `training` needs a library that is not installed.
         RunError: a checkpoint cannot be written.
-        KeyboardInterrupt: after the checkpoint that Ctrl-C asked for.
+        KeyboardInterrupt: after the checkpoint that Ctrl-C or SIGTERM asked for.
     """
-    folder = Path(trainer.args.output_dir or ".")
-    checkpoint = resumable_checkpoint(folder) if resume else None
-    if checkpoint is None and folder.exists():
-        shutil.rmtree(folder)
-    interrupted = InterruptCallback()
-    trainer.add_callback(interrupted)
-    trainer.add_callback(CompleteCallback())
-    with interrupted.listening(), os_errors(folder):
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except ImportError as error:
-            raise ConfigError(f"training: {error}") from error
-    if interrupted.requested:
-        raise KeyboardInterrupt
-
-
-class InterruptCallback(TrainerCallback):
-    """The first Ctrl-C saves a checkpoint after the running step and stops; the second at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch SIGINT inside (in the main thread; elsewhere signals cannot be caught)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _interrupt(self, *_: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("Interrupted: saving a checkpoint after this step; again: stop at once.")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
-
-class CompleteCallback(TrainerCallback):
-    """Marks a checkpoint when everything in it is written, and finite."""
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The last callback of a save."""
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        parameters = [p for p in kwargs["model"].parameters() if p.requires_grad]
-        finite = all(bool(p.isfinite().all()) for p in parameters)
-        if state.is_world_process_zero and folder.is_dir() and finite:
-            (folder / COMPLETE).touch()
+    try:
+        train_from(trainer, checkpoint)
+    except ImportError as error:
+        raise ConfigError(f"training: {error}") from error
 
 
 def _last_good(folder: str) -> str:
-    last = resumable_checkpoint(Path(folder))
-    return f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
+    whole, _ = whole_checkpoints(Path(folder))
+    return (
+        f"The last good checkpoint is {whole[-1]}." if whole else "No checkpoint was written yet."
+    )
