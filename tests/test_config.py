@@ -33,8 +33,8 @@ GOOD: Mapping[str, Any] = {
 }
 
 SCHEMA = [
-    "model", "tokenizer", "target_tokenizer", "task", "data", "quality", "ranks", "adapter",
-    "metrics", "training", "output", "seed",
+    "model", "tokenizer", "target_tokenizer", "quantization", "task", "data", "quality", "ranks",
+    "adapter", "metrics", "training", "output", "seed",
 ]  # fmt: skip
 
 words = st.text(min_size=1, max_size=12)
@@ -73,6 +73,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         model=draw(paths),
         tokenizer=draw(st.none() | paths),
         target_tokenizer=draw(paths) if task == "seq2seq" else None,
+        quantization=draw(st.sampled_from(["4bit", None])),
         task=task,
         data=DataConfig(
             draw(paths), validation, None, draw(words | st.tuples(words, words)), draw(words)

@@ -19,7 +19,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 ORDER = [
     "errors", "schema", "config", "artefacts", "seals", "interruption", "processes", "checkpoints",
     "table_files", "data",
-    "losses", "batches", "heads", "loading", "encoding", "encoded", "labels",
+    "losses", "quantized", "batches", "heads", "loading", "encoding", "encoded", "labels",
     "base_task", "tasks", "generation", "metrics",
     "hooks", "replay", "lora_layers", "factors", "experts",
     "global_batches", "adaptation", "per_sample_grads", "lookahead",

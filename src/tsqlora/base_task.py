@@ -25,6 +25,7 @@ from tsqlora.encoding import Encoded
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.loading import load_config, load_model, require_embeddings
 from tsqlora.losses import IGNORED
+from tsqlora.quantized import Quantization
 
 Row = dict[str, Any]
 
@@ -48,6 +49,7 @@ class Task(ABC):
     target_tokenizer: PreTrainedTokenizerBase
     limit: int
     labels: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
     kind: ClassVar[str]
     peft_task_type: ClassVar[str]
@@ -100,14 +102,15 @@ class Task(ABC):
         return {**batch, "labels": self._collate_labels([f["labels"] for f in features])}
 
     def load_model(self) -> PreTrainedModel:
-        """The pretrained model in float32; a new head is drawn from torch's global generator.
+        """The pretrained model in float32, or quantised; a new head is drawn from torch's
+        global generator.
 
         Raises:
             ModelError: it cannot be loaded or does not fit the task or the tokenizer.
         """
         config = load_config(self.model)
         self.configure(config)
-        model = load_model(self.model, self.auto_model, config)
+        model = load_model(self.model, self.auto_model, config, self.quantization)
         require_embeddings(model, self.tokenizer, self.model)
         require_embeddings(model, self.target_tokenizer, self.model)
         for settings in (model.config, getattr(model, "generation_config", None)):

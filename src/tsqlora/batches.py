@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from tsqlora.data import require_map_style
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import SEQ2SEQ, sample_losses
+from tsqlora.quantized import keep_exact
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 Batch = dict[str, Tensor]
@@ -243,6 +244,7 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode."""
     training = model.training
+    keep_exact(model)
     model.eval()
     try:
         yield

@@ -143,6 +143,8 @@ class RunConfig:
 
     However it is made it is checked as a whole, and `from_yaml` of its `to_yaml` is equal to it.
     `training` holds keys of `transformers.TrainingArguments`; `metrics` None is the task's own.
+    `quantization: 4bit` keeps the frozen weights in 4 bits (QLoRA: NF4, double quantisation), by
+    bitsandbytes; computations are in float32, or in 16 bits with training.bf16 or training.fp16.
 
     Raises:
         ConfigError: everything that is wrong, in one message.
@@ -151,6 +153,7 @@ class RunConfig:
     model: _Path
     tokenizer: _Path | None = None
     target_tokenizer: _Path | None = None
+    quantization: Literal["4bit"] | None = None
     task: Literal["classification", "regression", "seq2seq", "causal-lm"]
     data: DataConfig
     quality: QualityConfig = QualityConfig()

@@ -24,6 +24,7 @@ NEEDS: dict[str, list[str]] = {
         "model",
         "tokenizer",
         "target_tokenizer",
+        "quantization",
         "task",
         "data",
         "adapter",

@@ -25,7 +25,8 @@ from transformers import (
 from transformers.utils import logging
 
 from tsqlora.errors import ModelError
-from tsqlora.heads import may_be_new, note_drawn
+from tsqlora.heads import head_modules, may_be_new, note_drawn
+from tsqlora.quantized import Quantization, keep_exact
 
 T = TypeVar("T")
 
@@ -95,8 +96,13 @@ def load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model `name` in float32 on the CPU, read from safetensors alone.
+def load_model(
+    name: str,
+    auto_class: Any,
+    config: PreTrainedConfig,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """The model `name` in float32 on the CPU, or quantised, read from safetensors alone.
 
     The head of a sequence classifier may be new, or of another shape in the checkpoint; it is then
     drawn afresh. All other weights must be there.
@@ -122,6 +128,7 @@ def load_model(name: str, auto_class: Any, config: PreTrainedConfig) -> PreTrain
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **_packed(quantization, auto_class, config),
             ),
             "model",
             name,
@@ -134,8 +141,25 @@ def load_model(name: str, auto_class: Any, config: PreTrainedConfig) -> PreTrain
             "architecture does not fit the task, or its config.json does not fit the weights."
         )
     assert isinstance(model, PreTrainedModel)
+    keep_exact(model)
     note_drawn(model, [*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])])
     return model
+
+
+def _packed(
+    quantization: Quantization | None, auto_class: Any, config: PreTrainedConfig
+) -> dict[str, Any]:
+    """Keywords that quantise all but what is trained whole, and the output embedding."""
+    if quantization is None:
+        return {}
+    quantization.check()
+    with torch.device("meta"):
+        model = auto_class.from_config(copy.deepcopy(config))
+    output = model.get_output_embeddings()
+    skip = [n for n, m in model.named_modules() if output is not None and m is output]
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        skip += ["pooler", *head_modules(model)]
+    return quantization.settings(skip)
 
 
 def require_embeddings(

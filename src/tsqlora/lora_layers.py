@@ -151,6 +151,11 @@ def base_weight(module: nn.Module) -> Tensor:
     """The weight of a target module as (out, in), dequantised where it is quantised."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if is_quantized(module):
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ModelError(
+                "bitsandbytes has repacked the 4-bit weights for inference on this CPU, for good: "
+                "load the model again, and do not run it in eval mode before it is measured."
+            )
         from peft.utils.integrations import dequantize_module_weight
 
         weight = dequantize_module_weight(module)

@@ -41,6 +41,7 @@ from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.model_card import model_card
 from tsqlora.preflight import check_run
 from tsqlora.quality import QualityScores
+from tsqlora.quantized import Quantization
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
@@ -81,6 +82,8 @@ class Run:
         """Check configuration, folder and every row of the data before anything long starts."""
         if not isinstance(config, RunConfig):
             config = RunConfig.from_yaml(config)
+        if (quantization := Quantization.of(config)) is not None:
+            quantization.check()
         processes.join()
         with processes.main_first():
             run = cls(config, RunFolder.create(config.output, config, resume))

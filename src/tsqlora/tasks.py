@@ -35,6 +35,7 @@ from tsqlora.errors import ConfigError, DataError, ModelError
 from tsqlora.labels import class_names, label_name
 from tsqlora.loading import load_config, load_tokenizer, most_tokens
 from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
+from tsqlora.quantized import Quantization
 
 
 def make_task(
@@ -62,7 +63,13 @@ def make_task(
     ]
     limit = most_tokens(model_config, min(limits))
     task = _TASKS[config.task](
-        config.model, config.data, tokenizer, target_tokenizer, limit, tuple(labels or ())
+        config.model,
+        config.data,
+        tokenizer,
+        target_tokenizer,
+        limit,
+        tuple(labels or ()),
+        Quantization.of(config),
     )
     if train is not None:
         require_columns(train, task.columns(), "data.train")
