@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -132,20 +132,20 @@ def with_gradient(modules: list[LoraModule]) -> None:
 
 
 def looped_allocation(
-    weights: Mapping[str, int],
+    worths: Mapping[str, Sequence[Fraction]],
+    values: Mapping[str, float],
     costs: Mapping[str, int],
     caps: Mapping[str, int],
     budget: int,
-    least: int,
 ) -> dict[str, int]:
-    """D'Hondt by looking at every module for every single rank."""
-    ranks = dict.fromkeys(sorted(weights), least)
-    left = budget - sum(least * costs[name] for name in ranks)
+    """The next rank to the largest worth, by looking at every module for every single rank."""
+    ranks = dict.fromkeys(sorted(costs), 0)
+    left = budget
     while True:
         able = [n for n in ranks if ranks[n] < caps[n] and costs[n] <= left]
         if not able:
             return ranks
-        best = min(able, key=lambda n: (-Fraction(weights[n], ranks[n] + 1), ranks[n], n))
+        best = min(able, key=lambda n: (-worths[n][ranks[n]], ranks[n], -values[n], n))
         ranks[best] += 1
         left -= costs[best]
 

@@ -24,6 +24,7 @@ from tsqlora.config import (
     RunConfig,
 )
 from tsqlora.errors import ConfigError
+from tsqlora.rank_rules import RULES
 
 GOOD: Mapping[str, Any] = {
     "model": "some/model",
@@ -58,7 +59,8 @@ def rank_configs(draw: st.DrawFn) -> RanksConfig:
     budget = draw(st.none() | st.integers(1, 10**9))
     mean = draw(st.integers(max(low, 1), high) | st.floats(max(low, 0.5), high))
     estimator = draw(st.sampled_from(["weight_gradient", "fisher", "hessian"]))
-    return RanksConfig(None if budget else mean, budget, low, high, estimator, draw(st.booleans()))
+    mean_rank, rule = None if budget else mean, draw(st.sampled_from(RULES))
+    return RanksConfig(mean_rank, budget, low, high, estimator, rule, draw(st.booleans()))
 
 
 @st.composite
@@ -211,6 +213,7 @@ BAD = [
         "give ranks.mean_rank or ranks.parameters, not both",
     ),
     ("ranks.sensitivity", "fischer", "weight_gradient, fisher or hessian, not 'fischer'"),
+    ("ranks.rule", "wasserfall", "waterfill, marginal_gain or uniform, not 'wasserfall'"),
     ("ranks.dynamic", "yes", "ranks.dynamic must be true or false, not 'yes'"),
     ("adapter.scale", 0, "adapter.scale must be a number above 0, not 0"),
     ("adapter.dropout", 1, "adapter.dropout must be a number of at least 0 and below 1, not 1"),

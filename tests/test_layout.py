@@ -25,7 +25,7 @@ ORDER = [
     "global_batches", "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
     "memory", "measuring", "parts", "null", "scoring", "estimators", "sensitivity",
-    "allocation", "adapter", "merging", "export", "dynamic_rank", "callback",
+    "rank_rules", "allocation", "adapter", "merging", "export", "dynamic_rank", "callback",
     "run_folder", "training", "two_parts", "cost", "inputs", "preflight",
     "model_card", "finished", "baseline",
     "figures", "report_ranks", "report_samples", "report", "pipeline",

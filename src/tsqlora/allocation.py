@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 
 from tsqlora.artefacts import atomic_write_json
 from tsqlora.errors import ConfigError, RunError
+from tsqlora.rank_rules import PROPORTIONAL, worth_by
 
 if TYPE_CHECKING:
     from tsqlora.sensitivity import LayerSensitivity
-
-RESOLUTION = 10**12
-"""Sensitivities are compared as integers, in parts of the largest: ties do not hang on rounding."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +98,36 @@ def allocate_ranks(
     min_rank: int = 0,
     max_rank: int = 32,
     scale: float = 2.0,
+    rule: str = PROPORTIONAL,
 ) -> RankPlan:
-    """Ranks in proportion to sensitivity, exactly within a budget of parameters.
+    """Ranks by sensitivity, exactly within a budget of parameters.
 
     Σ r_m (in_m + out_m) ≤ budget, min_rank ≤ r_m ≤ min(max_rank, in_m, out_m), and what is left of
     the budget is less than one more rank of the cheapest module that may still grow. The budget is
     `parameters`, or `mean_rank` in every module (8 where neither is given).
 
-    The rule (TsqLoRA §3: r_m ∝ S_m) is D'Hondt's: from min_rank on, the next rank goes to the
-    largest S_m / (r_m + 1) among the modules that may still grow and still fit. So more
-    sensitivity never gives less rank at equal cost, and a module's rank never falls when the budget
-    grows while all fit; ties go to the first name. Modules of sensitivity 0 come last, evenly.
+    From min_rank on, the next rank goes to the largest worth w_m(r_m + 1) by `rule`
+    (`rank_rules.py`; `proportional`, S_m / (r_m + 1), is the paper's r_m ∝ S_m) among the modules
+    that may still grow and still fit. So more sensitivity never gives less rank at equal cost, and
+    a module's rank never falls when the budget grows while all fit. Of equal worth the lower rank
+    comes first, then the more sensitive, then the first name. Modules of worth 0 come last, evenly.
 
     Raises:
-        ConfigError: the bounds are impossible, or the budget lies below min_rank everywhere.
+        ConfigError: the bounds are impossible, the budget lies below min_rank everywhere, or the
+            rule is unknown or lacks the spectrum it needs.
     """
     shapes = sensitivity.shapes
     budget = check_ranks(shapes, mean_rank, parameters, min_rank, max_rank)
     caps = {name: min(max_rank, *shape) for name, shape in shapes.items()}
     ranks = dict.fromkeys(sorted(shapes), min_rank)
     left = budget - sum(min_rank * sum(shape) for shape in shapes.values())
-    weights = _integers(sensitivity.modules)
-    heap = [_claim(name, weights[name], min_rank) for name in ranks if caps[name] > min_rank]
+    worth = worth_by(rule, sensitivity)
+
+    def claim(name: str) -> tuple[Fraction, int, float, str]:
+        rank = ranks[name]
+        return -worth(name, rank + 1), rank, -sensitivity.modules[name], name
+
+    heap = [claim(name) for name in ranks if caps[name] > min_rank]
     heapq.heapify(heap)
     while heap:
         name = heapq.heappop(heap)[-1]
@@ -130,7 +136,7 @@ def allocate_ranks(
         ranks[name] += 1
         left -= sum(shapes[name])
         if ranks[name] < caps[name]:
-            heapq.heappush(heap, _claim(name, weights[name], ranks[name]))
+            heapq.heappush(heap, claim(name))
     return RankPlan({name: ranks[name] for name in shapes}, dict(shapes), scale, budget)
 
 
@@ -150,17 +156,6 @@ def check_ranks(
     caps = {name: min(max_rank, *shape) for name, shape in shapes.items()}
     _check_bounds(shapes, caps, budget, min_rank)
     return budget
-
-
-def _claim(name: str, weight: int, rank: int) -> tuple[Fraction, int, str]:
-    return -Fraction(weight, rank + 1), rank, name
-
-
-def _integers(values: Mapping[str, float]) -> dict[str, int]:
-    largest = max(values.values(), default=0.0)
-    if largest == 0:
-        return dict.fromkeys(values, 0)
-    return {name: round(value / largest * RESOLUTION) for name, value in values.items()}
 
 
 def _budget(

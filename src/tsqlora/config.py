@@ -112,7 +112,8 @@ class QualityConfig:
 class RanksConfig:
     """The budget of ranks, as a mean rank or as an exact number of parameters, and its bounds.
 
-    `parameters` replaces the default `mean_rank`.
+    `parameters` replaces the default `mean_rank`. `rule` says how ranks follow from sensitivity
+    (formulas in `rank_rules.py`); marginal_gain sketches every module's mean gradient as well.
     """
 
     mean_rank: _Positive | None = 8
@@ -120,6 +121,9 @@ class RanksConfig:
     min_rank: _CountOrZero = 0
     max_rank: _Count = 32
     sensitivity: Literal["weight_gradient", "fisher", "hessian"] = "weight_gradient"
+    rule: Literal[
+        "proportional", "square_root", "per_parameter", "waterfill", "marginal_gain", "uniform"
+    ] = "proportional"
     dynamic: bool = True
 
     def __post_init__(self) -> None:

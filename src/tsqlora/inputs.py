@@ -34,7 +34,7 @@ NEEDS: dict[str, list[str]] = {
         "quality.fraction",
     ],
     "scores": ["quality"],
-    "sensitivity": ["ranks.sensitivity"],
+    "sensitivity": ["ranks.sensitivity", "ranks.rule"],
     "plan": ["ranks"],
     "training": [],
     "evaluation": ["metrics"],

@@ -42,6 +42,7 @@ from tsqlora.model_card import model_card
 from tsqlora.preflight import check_run
 from tsqlora.quality import QualityScores
 from tsqlora.quantized import Quantization
+from tsqlora.rank_rules import MARGINAL_GAIN
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
@@ -175,17 +176,18 @@ class Run:
             return LayerSensitivity.load(self.folder.sensitivity)
         scores = self.score()
         selected = self.inputs.splits.train.select(np.flatnonzero(scores.selected))
-        model = self.warm_model
-        logger.info("2/4 Layer sensitivity (%s)", self.config.ranks.sensitivity)
+        model, ranks = self.warm_model, self.config.ranks
+        logger.info("2/4 Layer sensitivity (%s)", ranks.sensitivity)
         with counted(self.folder, "sensitivity", 1.5 * min(len(selected), SENSITIVITY_SAMPLES)):
             sensitivity = layer_sensitivity(
                 model,
                 selected,
                 self.inputs.task.collate,
-                estimator=self.config.ranks.sensitivity,
+                estimator=ranks.sensitivity,
                 max_samples=SENSITIVITY_SAMPLES,
                 batch_size=self.scorer.batch_size,
                 seed=self.config.seed,
+                spectrum=ranks.max_rank if ranks.rule == MARGINAL_GAIN else 0,
             )
         sensitivity.save(self.folder.sensitivity)
         self.folder.mark_done("sensitivity", inputs)
@@ -208,6 +210,7 @@ class Run:
             min_rank=ranks.min_rank,
             max_rank=ranks.max_rank,
             scale=self.config.adapter.scale,
+            rule=ranks.rule,
         )
         plan.save(self.folder.plan)
         self.folder.mark_done("plan", inputs)
