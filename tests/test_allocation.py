@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ def test_exact_within_budget_and_bounds(
     if exact:
         assert plan.budget == parameters
     else:
-        assert 0 <= max(mean, least, 1) * sum(costs) - plan.budget < 1
+        assert plan.budget == Fraction(str(max(mean, least, 1))) * sum(costs) // 1
     assert all(least <= plan.ranks[n] <= caps[n] for n in found)
     growing = [sum(each[1]) for n, each in found.items() if plan.ranks[n] < caps[n]]
     assert not growing or plan.budget - plan.parameters < min(growing)

@@ -165,7 +165,7 @@ def _budget(
         raise ConfigError("Give the budget as mean_rank or as parameters, not both.")
     if parameters is not None:
         return parameters
-    mean = Fraction(8 if mean_rank is None else mean_rank).limit_denominator(10**6)
+    mean = Fraction(str(8 if mean_rank is None else mean_rank))  # as it is written: 0.1 is 1/10
     return math.floor(mean * sum(sum(shape) for shape in shapes.values()))
 
 
