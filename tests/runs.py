@@ -68,8 +68,12 @@ def classification_run(folder: Path, samples: int = 120, **changes: Any) -> Path
         save_model(model, "bert")
     write_rows(folder / "train.jsonl", class_rows(samples))
     write_rows(folder / "validation.jsonl", class_rows(30, seed=1))
+    return _write_run(folder, changes)
+
+
+def _write_run(folder: Path, changes: dict[str, Any]) -> Path:
     config: dict[str, Any] = {
-        "model": str(model),
+        "model": str(folder / "model"),
         "task": "classification",
         "data": {
             "train": str(folder / "train.jsonl"),
@@ -88,6 +92,23 @@ def classification_run(folder: Path, samples: int = 120, **changes: Any) -> Path
         "output": str(folder / "run"),
     }
     return write_config(folder / "config.yaml", config, changes)
+
+
+def causal_run(folder: Path, samples: int = 120, **changes: Any) -> Path:
+    """A configuration file for a tiny causal language model that names a word of the text."""
+    model = folder / "model"
+    if not model.exists():
+        save_model(model, "llama")
+    for name, count, seed in (("train", samples, 0), ("validation", 30, 1)):
+        rows = [{**row, "label": WORDS[int(row["label"][-1])]} for row in class_rows(count, seed)]
+        write_rows(folder / f"{name}.jsonl", rows)
+    changes = {
+        "task": "causal-lm",
+        "data.text": "{text} ",
+        "metrics": ["loss"],
+        **changes,
+    }
+    return _write_run(folder, changes)
 
 
 def write_config(path: Path, config: dict[str, Any], changes: dict[str, Any]) -> Path:
