@@ -1,16 +1,19 @@
 # make setup   .venv with the pinned dependencies and tsqlora itself, editable
 # make demo    the main job on the embedded default
 # make test    formatting, lint, types, tests: what CI runs
+# make chaos   runs killed at random moments and resumed: KILLS=25 SEED=0
 # make fmt     format and repair what ruff can
 # make clean   remove everything that can be made again, .venv included
 
 PYTHON ?= python3
+KILLS ?= 25
+SEED ?= 0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fmt clean
+.PHONY: setup demo test chaos fmt clean
 
 setup: $(STAMP)
 
@@ -30,6 +33,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --dist loadfile
+
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos.py --kills $(KILLS) --seed $(SEED)
 
 fmt: $(STAMP)
 	$(BIN)/ruff format .

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from runs import classification_run
-from tsqlora import QualityScores, RankPlan, train
+from tsqlora import QualityScores, RankPlan, checkpoints, train
+from tsqlora.checkpoints import InterruptCallback, whole_checkpoints
 from tsqlora.cli import main
 from tsqlora.pipeline import Run
 
@@ -65,31 +67,35 @@ def test_stages_go_on_from_one_another_and_finished_ones_are_kept(tmp_path: Path
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
 
 
-def test_an_interrupted_training_goes_on_to_the_identical_adapter(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    config = classification_run(whole, **{"training.save_strategy": "steps"})
-    adapter = train(config) / "adapter/adapter_model.safetensors"
-    config = classification_run(broken, **{"training.save_strategy": "steps"})
-    script = f"""
-import signal
-from transformers import TrainerCallback
-from tsqlora import checkpoints
-class Stop(checkpoints.InterruptCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 7:
-            signal.raise_signal(signal.SIGINT)
-        super().on_step_end(args, state, control, **kwargs)
-checkpoints.InterruptCallback = Stop
-from tsqlora.cli import main
-raise SystemExit(main(["train", {str(config)!r}]))
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 130
-    assert not (broken / "run/adapter").exists()
-    assert main(["train", str(config), "--resume"]) == 0
-    resumed = broken / "run/adapter/adapter_model.safetensors"
+def test_a_signal_saves_a_checkpoint_and_resume_goes_on_to_the_identical_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsaved = {"training.save_strategy": "no"}
+    adapter = train(classification_run(tmp_path, **unsaved)) / "adapter/adapter_model.safetensors"
+    run = tmp_path / "interrupted"
+    config = str(classification_run(tmp_path, output=str(run), **unsaved))
+    monkeypatch.setattr(checkpoints, "InterruptCallback", interrupted_at(2, signal.SIGINT))
+    assert main(["train", config]) == 130
+    assert whole_checkpoints(run / "checkpoints/adaptation") == ([ANY], {})
+    monkeypatch.setattr(checkpoints, "InterruptCallback", interrupted_at(7, signal.SIGTERM))
+    assert main(["train", config]) == 143
+    assert whole_checkpoints(run / "checkpoints/train") == ([ANY], {})
+    monkeypatch.undo()
+    assert main(["train", config, "--resume"]) == 0
+    resumed = run / "adapter/adapter_model.safetensors"
     assert resumed.read_bytes() == adapter.read_bytes()
+
+
+def interrupted_at(step: int, number: int) -> type[InterruptCallback]:
+    """The callback, with the signal sent to this process while that step is taken."""
+
+    class Interrupted(InterruptCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                signal.raise_signal(number)
+            super().on_step_end(args, state, control, **kwargs)
+
+    return Interrupted
 
 
 def test_preset_paper_keeps_one_subset(tmp_path: Path) -> None:
