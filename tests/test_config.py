@@ -90,7 +90,9 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
             depth=draw(st.floats(0.01, 1)),
         ),
         ranks=draw(rank_configs()),
-        adapter=AdapterConfig(draw(words | modules), scale=draw(positive)),
+        adapter=AdapterConfig(
+            draw(words | modules), scale=draw(positive), init=draw(st.none() | paths)
+        ),
         metrics=None if named is None else tuple(named),
         training=draw(training),
         output=draw(paths),
@@ -266,7 +268,7 @@ BAD = [
     ("outptu", "x", "outptu: unknown key; did you mean output?"),
     ("quality.weights.convergense", 1, "did you mean quality.weights.convergence?"),
     ("fraction", 0.1, "fraction: unknown key; did you mean quality.fraction?"),
-    ("adapter.zzz", 1, "the keys here are target_modules, modules_to_save, scale, dropout"),
+    ("adapter.zzz", 1, "the keys here are target_modules, modules_to_save, scale, dropout, init"),
     (1, "x", "1: unknown key"),
 ]
 

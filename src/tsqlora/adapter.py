@@ -76,6 +76,11 @@ def _whole(value: float) -> int:
     return int(value) if float(value).is_integer() else value  # type: ignore[return-value]
 
 
+def changes_base(config: LoraConfig) -> bool:
+    """Whether PEFT's initialisation of such an adapter also changed the weights of its base."""
+    return str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq"))
+
+
 def check_plan(model: nn.Module, plan: RankPlan) -> None:
     """Assert that PEFT gave every module the planned rank and scale: a missed pattern is silent.
 

@@ -52,6 +52,11 @@ def plan(arguments: argparse.Namespace) -> Result:
     """Layer sensitivity and the rank plan only."""
     run = _run(arguments)
     made = run.plan()
+    if arguments.format:
+        from tsqlora.pasting import PEFT, paste
+
+        untrained = run.folder.untrained if arguments.format == PEFT else run.save_untrained()
+        return {"paste": paste(made, arguments.format, untrained.resolve())}
     return {
         "plan": str(run.folder.plan),
         "parameters": made.parameters,
@@ -106,6 +111,12 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG.yaml")
         sub.add_argument("--set", action="append", default=[], metavar="section.key=value")
         sub.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+        if verb is plan:
+            sub.add_argument(
+                "--format",
+                choices=("peft", "axolotl", "llamafactory"),
+                help="print the plan as text to paste into a LoraConfig or that trainer's YAML",
+            )
     sub = _verb(verbs, evaluate)
     sub.add_argument("run", metavar="RUN", help="run folder")
     sub.add_argument("--data", metavar="F", help="another data file instead of the run's splits")
@@ -143,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143 if isinstance(interrupt, Terminated) else 130
     if os.environ.get("RANK", "0") != "0":
         return 0  # of several processes (`accelerate launch`) the first speaks for all
-    print(json.dumps(result, indent=2) if arguments.json else _readable(result))
+    text = result.get("paste") or _readable(result)
+    print(json.dumps(result, indent=2) if arguments.json else text)
     return 0
 
 

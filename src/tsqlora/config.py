@@ -133,12 +133,18 @@ class RanksConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which modules are adapted or trained whole; `scale` is alpha / r, the same everywhere."""
+    """Which modules are adapted or trained whole; `scale` is alpha / r, the same everywhere.
+
+    `init` is the folder of a LoRA adapter to go on from: its modules are the targets, the first
+    steps train it as it is, and the planned adapter begins as the best approximation of it that
+    the planned ranks allow. Its factors are brought onto `scale`, its function kept.
+    """
 
     target_modules: _Name | _Names = "all-linear"
     modules_to_save: tuple[_Name, ...] = ()
     scale: _Positive = 2.0
     dropout: _Dropout = 0.0
+    init: _Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tsqlora.adapter import active, set_patterns
+from tsqlora.adapter import active, changes_base, set_patterns
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.lora_layers import LoraModule, adapted_layers, clone_config, is_linear
 from tsqlora.merging import merged_model
 
 FORMATS = ("compact", "padded", "merged")
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _packed(
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     adapter = layers[0].adapter
     config = clone_config(model.peft_config[adapter])
-    if str(config.init_lora_weights).startswith(_CHANGE_THE_BASE):
+    if changes_base(config):
         raise ModelError(
             f"init_lora_weights = {config.init_lora_weights} changed the base's own weights, so "
             "the adapter means nothing on the untouched base: export it as merged."

@@ -17,6 +17,7 @@ from tsqlora.config import RunConfig
 from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
 from tsqlora.encoded import on_disk
 from tsqlora.errors import ConfigError
+from tsqlora.initial import InitialAdapter
 from tsqlora.tasks import Task, make_task
 
 NEEDS: dict[str, list[str]] = {
@@ -118,8 +119,11 @@ class Inputs:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A digest of the rows of each split."""
-        return {name: dataset_fingerprint(rows) for name, rows in self.raw.items()}
+        """A digest of the rows of each split, and of the adapter to go on from."""
+        found = {name: dataset_fingerprint(rows) for name, rows in self.raw.items()}
+        if self.config.adapter.init is not None:
+            found["adapter.init"] = InitialAdapter.read(self.config.adapter.init).digest()
+        return found
 
     def base_model(self) -> PreTrainedModel:
         """The untouched model, the same every time (a fresh head is seeded)."""

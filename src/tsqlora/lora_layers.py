@@ -69,9 +69,10 @@ class LoraModule:
         """(out, in) of the adapted module."""
         return int(self.b.weight.shape[0]), int(self.a.weight.shape[1])
 
-    def set_rank(self, rank: int) -> None:
-        """Tell PEFT the physical rank; the scale alpha / r stays as it is."""
-        scale = self.scale
+    def set_rank(self, rank: int, scale: float | None = None) -> None:
+        """Tell PEFT the physical rank; the scale alpha / r stays as it is, or becomes `scale`."""
+        scale = self.scale if scale is None else scale
+        self.layer.scaling[self.adapter] = scale
         self.layer.r[self.adapter] = rank
         self.layer.lora_alpha[self.adapter] = scale * rank
         self.a.out_features = self.b.in_features = rank

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from tsqlora import processes
 from tsqlora.adaptation import Adaptation, adapt_briefly
-from tsqlora.adapter import check_plan, lora_config, warm_start
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
     atomic_file,
@@ -36,7 +35,7 @@ from tsqlora.dynamic_rank import Reallocation
 from tsqlora.export import export_adapter
 from tsqlora.finished import FinishedRun, measure
 from tsqlora.inputs import Inputs
-from tsqlora.lora_layers import load_trainable_state, trainable_state, wrap
+from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.model_card import model_card
 from tsqlora.preflight import check_run
@@ -49,8 +48,9 @@ from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
+from tsqlora.starting import first_model, initial_adapter, planned_model, untrained_model
 from tsqlora.training import PoolTrainer, run_training
-from tsqlora.two_parts import first_steps, last_arguments, uniform_config
+from tsqlora.two_parts import first_steps, last_arguments
 
 logger = logging.getLogger("tsqlora")
 
@@ -85,6 +85,7 @@ class Run:
             config = RunConfig.from_yaml(config)
         if (quantization := Quantization.of(config)) is not None:
             quantization.check()
+        initial_adapter(config)
         processes.join()
         with processes.main_first():
             run = cls(config, RunFolder.create(config.output, config, resume))
@@ -104,8 +105,7 @@ class Run:
     @cached_property
     def warm_model(self) -> PeftModel:
         """Stage 0: the model under a uniform adapter, briefly adapted, or as it was saved then."""
-        base = self.inputs.base_model()
-        model = wrap(base, uniform_config(self.config, base))
+        model = first_model(self.config, self.inputs.base_model())
         saved, inputs = self.folder.warmup / "state.safetensors", self.inputs.digest("adaptation")
         done = self.folder.is_done("adaptation", inputs, [saved])
         if done and (reason := why_broken(self.folder.warmup)):
@@ -300,15 +300,17 @@ class Run:
         )
 
     def _planned_model(self, plan: RankPlan) -> PeftModel:
-        task_type, adapter = self.inputs.task.peft_task_type, self.config.adapter
         self.warm_model  # noqa: B018  its state is there, whichever stages were skipped
         self.__dict__.pop("warm_model", None)  # its memory is wanted
-        set_seed(self.config.seed)
-        planned = lora_config(plan, task_type, adapter.modules_to_save, adapter.dropout)
-        model = wrap(self.inputs.base_model(), planned)
-        check_plan(model, plan)
-        warm_start(model, load_file(self.folder.warmup / "state.safetensors"))
-        return model
+        state = load_file(self.folder.warmup / "state.safetensors")
+        return planned_model(self.config, self.inputs.base_model(), plan, state)
+
+    def save_untrained(self) -> Path:
+        """The plan as an adapter with B = 0, for trainers that have no key for ranks by module."""
+        plan = self.plan()
+        with atomic_folder(self.folder.untrained) as folder:
+            export_adapter(untrained_model(self.config, self.inputs.base_model(), plan), folder)
+        return self.folder.untrained
 
     def _sampler(self, scores: QualityScores) -> QualitySampler:
         if self.config.quality.preset == "paper":  # one draw, kept

@@ -100,6 +100,11 @@ class RunFolder:
         return self.checkpoints / "train"
 
     @property
+    def untrained(self) -> Path:
+        """The plan as an adapter that is not trained yet."""
+        return self.path / "untrained"
+
+    @property
     def adapter(self) -> Path:
         """The finished adapter."""
         return self.path / "adapter"

@@ -81,6 +81,11 @@ def make_task(
     return task
 
 
+def auto_model(kind: str) -> Any:
+    """The auto class of transformers that loads models for that kind of task."""
+    return _TASKS[kind].auto_model
+
+
 def _refuse_metrics(config: RunConfig) -> None:
     """Before anything is trained: plain text leaves nothing to write and compare."""
     plain = config.task == CAUSAL_LM and config.data.target is None and config.data.messages is None

@@ -1,0 +1,74 @@
+"""The models that a run trains: under the first adapter, and under the planned one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from tsqlora.adapter import check_plan, lora_config, warm_start
+from tsqlora.allocation import RankPlan
+from tsqlora.config import RunConfig
+from tsqlora.initial import InitialAdapter
+from tsqlora.lora_layers import PEFT_TASK_TYPES, lora_modules, wrap
+from tsqlora.tasks import auto_model
+from tsqlora.two_parts import uniform_config
+
+logger = logging.getLogger("tsqlora")
+
+
+def initial_adapter(config: RunConfig) -> InitialAdapter | None:
+    """The adapter of `adapter.init`, checked against the model's architecture; None without one.
+
+    Raises:
+        ModelError: it is no LoRA adapter of this model, or not of the modules that are asked for.
+    """
+    if config.adapter.init is None:
+        return None
+    found = InitialAdapter.read(config.adapter.init)
+    found.check(config, auto_model(config.task))
+    return found
+
+
+def first_model(config: RunConfig, base: PreTrainedModel) -> PeftModel:
+    """`base` under the adapter that is briefly adapted: `adapter.init`, or a uniform one."""
+    initial = initial_adapter(config)
+    if initial is None:
+        return wrap(base, uniform_config(config, base))
+    return initial.load(base, config.adapter.scale)
+
+
+def untrained_model(config: RunConfig, base: PreTrainedModel, plan: RankPlan) -> PeftModel:
+    """`base` under the plan's adapter, B = 0."""
+    initial = initial_adapter(config)
+    whole = config.adapter.modules_to_save if initial is None else initial.modules_to_save
+    set_seed(config.seed)
+    planned = lora_config(plan, PEFT_TASK_TYPES[config.task], whole, config.adapter.dropout)
+    model = wrap(base, planned)
+    check_plan(model, plan)
+    return model
+
+
+def planned_model(
+    config: RunConfig, base: PreTrainedModel, plan: RankPlan, state: Mapping[str, Tensor]
+) -> PeftModel:
+    """`base` under the plan's adapter, begun from the first one's `trainable_state`."""
+    model = untrained_model(config, base, plan)
+    warm_start(model, state)
+    if config.adapter.init is not None:
+        factors = [state[n] for n in sorted(state) if "lora_" in n]
+        there = sum(map(_square, factors[::2], factors[1::2]))
+        kept = sum(_square(m.a.weight, m.b.weight) for m in lora_modules(model))
+        logger.info(
+            "    the plan keeps %.1f %% of ‖BA‖² of adapter.init", 100 * kept / (there or 1)
+        )
+    return model
+
+
+def _square(a: Tensor, b: Tensor) -> float:
+    """‖BA‖² from the small products."""
+    a, b = a.detach().float(), b.detach().float()
+    return float(((b.T @ b) * (a @ a.T)).sum())
