@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 
 from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
 from tsqlora.adapter import (
-    active,
     active_ranks,
     add_headroom,
     check_plan,
@@ -28,19 +27,10 @@ from tsqlora.loading import load_config, load_model
 from tsqlora.lora_layers import (
     PEFT_TASK_TYPES,
     lora_modules,
-    lora_parameters,
     temporary_adapter,
     trainable_state,
     wrap,
 )
-
-OPTIMIZERS: dict[str, Any] = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
-    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
-    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
-}
 
 
 def logits(model: Any, kind: str) -> torch.Tensor:
@@ -144,44 +134,22 @@ def test_exports_of_an_adapter_made_by_others_keep_its_scale(rslora: bool, tmp_p
         assert (logits(loaded, "causal-lm") - expected).abs().max() < 1e-5
 
 
-def test_headroom_keeps_the_function_and_growth_keeps_it_bit_for_bit() -> None:
-    model = with_lora(tiny_model("llama"), "causal-lm")
-    before, ranks = logits(model, "causal-lm"), active_ranks(model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "bert", "bart", "gpt2", "albert"])
+def test_headroom_keeps_the_function_and_growth_keeps_it_bit_for_bit(
+    name: str, dtype: torch.dtype
+) -> None:
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name), kind).to(dtype)
+    before, ranks = logits(model, kind), active_ranks(model)
     add_headroom(model, 2)
-    with_room = logits(model, "causal-lm")  # other shapes may be added up in another order
-    assert (with_room - before).abs().max() < 1e-6
+    with_room = logits(model, kind)  # other shapes may be added up in another order
+    assert (with_room - before).abs().max() < (1e-6 if dtype == torch.float32 else 0.05)
     assert active_ranks(model) == ranks
     for module in lora_modules(model):
         grow(module, [module.rank - 1], None, torch.Generator().manual_seed(0))
-    assert torch.equal(logits(model, "causal-lm"), with_room)
+    assert torch.equal(logits(model, kind), with_room)
     assert active_ranks(model) == {name: rank + 1 for name, rank in ranks.items()}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_pruned_component_stays_exactly_zero_until_grown(optimizer: str) -> None:
-    model = with_lora(tiny_model("bert"), "classification")
-    model.train()
-    made = OPTIMIZERS[optimizer](lora_parameters(model))
-    module = lora_modules(model)[1]
-
-    def steps(count: int) -> None:
-        for seed in range(count):
-            batch = tiny_batch("classification", seed=seed)
-            model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(lora_parameters(model), 1.0)
-            made.step()
-            made.zero_grad()
-
-    steps(3)
-    prune(module, [1], made)
-    steps(4)
-    assert not module.a.weight[1].any()
-    assert not module.b.weight[:, 1].any()
-    assert active(module).tolist() == [True, False, True]
-    grow(module, [1], made, torch.Generator().manual_seed(0))
-    steps(2)
-    assert module.a.weight[1].any()
-    assert module.b.weight[:, 1].any()
 
 
 def test_warm_start_keeps_the_function_where_ranks_suffice() -> None:

@@ -60,7 +60,9 @@ def rank_configs(draw: st.DrawFn) -> RanksConfig:
     mean = draw(st.integers(max(low, 1), high) | st.floats(max(low, 0.5), high))
     estimator = draw(st.sampled_from(["weight_gradient", "fisher", "hessian"]))
     mean_rank, rule = None if budget else mean, draw(st.sampled_from(RULES))
-    return RanksConfig(mean_rank, budget, low, high, estimator, rule, draw(st.booleans()))
+    dynamic = draw(st.booleans())
+    compact = dynamic and draw(st.booleans())
+    return RanksConfig(mean_rank, budget, low, high, estimator, rule, dynamic, compact)
 
 
 @st.composite
@@ -215,6 +217,8 @@ BAD = [
         "give ranks.mean_rank or ranks.parameters, not both",
     ),
     ("ranks.sensitivity", "fischer", "weight_gradient, fisher or hessian, not 'fischer'"),
+    ("ranks.compact", 1, "ranks.compact must be true or false, not 1"),
+    ("ranks", {"dynamic": False, "compact": True}, "ranks.compact is for ranks.dynamic: true"),
     ("ranks.rule", "wasserfall", "waterfill, marginal_gain or uniform, not 'wasserfall'"),
     ("ranks.dynamic", "yes", "ranks.dynamic must be true or false, not 'yes'"),
     ("adapter.scale", 0, "adapter.scale must be a number above 0, not 0"),

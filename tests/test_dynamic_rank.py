@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from test_adapter import planned_model
 from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
@@ -53,6 +53,20 @@ def test_ranks_move_and_the_budget_holds_at_every_step() -> None:
         assert sum(move.pruned.values()) > 0
         assert sum(move.grown.values()) > 0
     assert ranks.history[-1].ranks == active_ranks(model)
+
+
+def test_in_8_bits_what_is_pruned_stays_exactly_zero_too() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, plan = planned_model("llama")
+    add_headroom(model.train(), 2)
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        lora_parameters(model), lr=1e-2, weight_decay=0.1, min_8bit_size=16
+    )
+    ranks = DynamicRank(model, optimizer, 30, plan, OFTEN)
+    used = loop(model, ranks, optimizer, range(30))
+    assert ranks.history
+    assert max(used) <= ranks.budget
+    assert active_ranks(model) == ranks.history[-1].ranks
 
 
 def test_state_saved_and_loaded_goes_on_exactly() -> None:
@@ -135,7 +149,110 @@ def test_nothing_silently_does_nothing(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(lora_parameters(model))
     with pytest.raises(TrainingError, match="total_steps = 0"):
         DynamicRank(model, optimizer, 0)
-    ranks = DynamicRank(model, optimizer, 10, schedule=RankSchedule(window=10))
-    optimizer.zero_grad()
+    ranks = DynamicRank(model, optimizer, 10, schedule=RankSchedule(window=1))
     with pytest.raises(TrainingError, match="after backward"):
         ranks.step()
+    model(**tiny_batch("causal-lm")).loss.backward()
+    ranks.step()
+    optimizer.zero_grad(set_to_none=True)
+    with pytest.raises(TrainingError, match="after backward"):
+        ranks.step()
+    for parameter in lora_parameters(model):
+        parameter.grad = torch.zeros_like(parameter)
+    ranks.taken = ranks.moves_at[0] - 1
+    with pytest.raises(TrainingError, match="gradients of LoRA factors are zero"):
+        ranks.step()
+
+
+def test_an_optimizer_that_is_not_understood_stops_at_its_second_step(tmp_path: Path) -> None:
+    class Strange(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["sketch"] = torch.zeros(7, 5)
+
+    model, plan = planned_model("llama")
+    optimizer = Strange(lora_parameters(model.train()), lr=1e-3)
+    with pytest.raises(TrainingError, match=r"Strange keeps 'sketch'"):
+        loop(model, DynamicRank(model, optimizer, 30, plan), optimizer, range(2))
+
+
+def scaled_run(scales: list[float], poisoned: int | None = None) -> tuple[Any, DynamicRank]:
+    """20 steps whose gradients a loss scaler had multiplied; it skips the `poisoned` step."""
+    model, plan = planned_model("llama")
+    add_headroom(model.train(), 2)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    ranks = DynamicRank(model, optimizer, 20, plan, OFTEN)
+    for step, scale in enumerate(scales):
+        (model(**tiny_batch("causal-lm", seed=step)).loss * scale).backward()
+        if step == poisoned:
+            for parameter in lora_parameters(model):
+                parameter.grad[0, 0] = torch.inf  # type: ignore[index]
+        ranks.step()
+        for parameter in lora_parameters(model):
+            parameter.grad /= scale
+        if step != poisoned:
+            optimizer.step()
+        optimizer.zero_grad()
+    return model, ranks
+
+
+def test_a_changing_loss_scale_moves_no_other_ranks() -> None:
+    plain, plain_ranks = scaled_run([1.0] * 20)
+    scaled, scaled_ranks = scaled_run([2.0 ** (7 * step % 17) for step in range(20)])
+    assert scaled_ranks.history == plain_ranks.history
+    assert scaled_ranks.history
+    for a, b in zip(lora_parameters(plain), lora_parameters(scaled), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_with_infinite_gradients_is_not_looked_at() -> None:
+    poisoned = OFTEN.steps(20)[0] - 1  # the step at which ranks first move
+    model, ranks = scaled_run([1.0] * 20, poisoned)
+    assert ranks.history[0].step == poisoned + 1  # by what the step before has shown
+    assert all(bool(p.isfinite().all()) for p in lora_parameters(model))
+
+
+def test_the_learning_rate_schedule_is_untouched(tmp_path: Path) -> None:
+    def rates(folder: str, callback: Any) -> list[float]:
+        model, _ = planned_model("llama")
+        trainer = trainer_of(model, tmp_path / folder, callback, logging_steps=1, warmup_steps=3)
+        trainer.train()
+        return [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+
+    moving = DynamicRankCallback(schedule=OFTEN)
+    assert rates("a", moving) == rates("b", TrainerCallback())
+    assert moving.ranks is not None
+    assert moving.ranks.history
+
+
+@pytest.mark.parametrize("stop", [9, 18])
+def test_a_compacted_run_resumes_bit_for_bit(tmp_path: Path, stop: int) -> None:
+    def run(resume: Path | None) -> Any:
+        model, plan = planned_model("llama")
+        callback = DynamicRankCallback(schedule=OFTEN, compact=True, resume_from=resume)
+        trainer = trainer_of(model, tmp_path, callback, save_strategy="steps", save_steps=3)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        assert parameters_in_use(model) <= plan.parameters
+        return model
+
+    whole = run(None)
+    resumed = run(tmp_path / f"checkpoint-{stop}")
+    ranks = active_ranks(whole)
+    assert {m.name: m.rank for m in lora_modules(whole)} == {n: max(r, 1) for n, r in ranks.items()}
+    for a, b in zip(lora_parameters(whole), lora_parameters(resumed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ranks_that_still_move_are_not_compacted_and_other_shapes_not_loaded() -> None:
+    model, plan = planned_model("llama")
+    add_headroom(model.train(), 2)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    ranks = DynamicRank(model, optimizer, 20, plan, OFTEN)
+    loop(model, ranks, optimizer, range(8))
+    with pytest.raises(TrainingError, match="Ranks move until step 16"):
+        ranks.compact()
+    state = ranks.state_dict()
+    add_headroom(model, 1)
+    with pytest.raises(TrainingError, match="other ranks than the model's"):
+        DynamicRank(model, optimizer, 20, plan, OFTEN).load_state_dict(state)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from tsqlora.allocation import RankPlan, pattern_key
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.lora_layers import LoraModule, lora_modules
+from tsqlora.optimizer_state import keep_state, state_of, zero_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,17 +110,75 @@ def add_headroom(model: nn.Module, components: int) -> None:
     training: the parameters stay the same objects but grow in shape.
     """
     modules = lora_modules(model)
+    set_physical_ranks(
+        model, {m.name: max(m.rank, min(m.rank + components, *m.shape)) for m in modules}
+    )
+
+
+def set_physical_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Cut every module's factors down to `ranks`, or fill them up with zeros.
+
+    To be called when `add_headroom` may be; whatever it cuts is lost.
+    """
+    modules = lora_modules(model)
     for module in modules:
-        extra = min(components, min(module.shape) - module.rank)
-        if extra <= 0:
+        extra = ranks[module.name] - module.rank
+        if extra == 0:
             continue
         a, b = module.a.weight, module.b.weight
-        a.data = torch.cat([a.data, a.data.new_zeros(extra, a.shape[1])])
-        b.data = torch.cat([b.data, b.data.new_zeros(b.shape[0], extra)], 1)
+        more = max(extra, 0)
+        a.data = torch.cat([a.data, a.data.new_zeros(more, a.shape[1])])[: module.rank + extra]
+        b.data = torch.cat([b.data, b.data.new_zeros(b.shape[0], more)], 1)
+        b.data = b.data[:, : a.shape[0]].contiguous()
         a.grad = b.grad = None
         module.set_rank(module.rank)
+    _tell_config(model, modules)
+
+
+def _tell_config(model: nn.Module, modules: Sequence[LoraModule]) -> None:
     config: LoraConfig = model.peft_config[modules[0].adapter]  # type: ignore[index,assignment]
     set_patterns(config, {m.name: m.rank for m in modules}, {m.name: m.scale for m in modules})
+
+
+def compact(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Leave no component that is pruned, in the factors, their gradients and the optimizer's state.
+
+    The function stays the same but for the order of sums, parameters the same objects. A module
+    without any active component keeps one of zeros, as PEFT knows no rank 0. Not for parameters
+    that other processes, or a compiled model, hold in their old shape.
+
+    Raises:
+        TrainingError: the optimizer's state cannot be cut; nothing is changed then.
+    """
+    modules = lora_modules(model)
+    kept, states = {}, {}
+    for module in modules:
+        index = active(module).nonzero().flatten()
+        kept[module.name] = index if len(index) else index.new_zeros(1)
+        for parameter, dimension in _factors(module):
+            states[parameter] = keep_state(optimizer, parameter, dimension, kept[module.name])
+    for module in modules:
+        for parameter, dimension in _factors(module):
+            _cut(parameter, dimension, kept[module.name])
+            state_of(optimizer, parameter).update(states[parameter])
+        module.set_rank(module.rank)
+    _tell_config(model, modules)
+
+
+def _factors(module: LoraModule) -> list[tuple[nn.Parameter, int]]:
+    """A and B, each with the dimension that components lie along."""
+    return [(module.a.get_parameter("weight"), 0), (module.b.get_parameter("weight"), 1)]
+
+
+def _cut(parameter: nn.Parameter, dimension: int, index: Tensor) -> None:
+    data, gradient = parameter.data.index_select(dimension, index), parameter.grad
+    parameter.grad = None
+    # autograd remembers a parameter's shape while a graph lives, unless its dtype changes
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
+    if gradient is not None:
+        parameter.grad = gradient.index_select(dimension, index)
 
 
 def active(module: LoraModule) -> Tensor:
@@ -165,11 +224,25 @@ def _principal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | None) -> None:
-    """Zero the components' rows, columns and optimizer moments."""
+    """Zero the components' rows, columns, gradients and what the optimizer remembers of them.
+
+    Raises:
+        TrainingError: the optimizer's state is not understood (`optimizer_state.py`).
+    """
     index = torch.as_tensor(list(components), device=module.a.weight.device, dtype=torch.long)
     with torch.no_grad():
-        _zero(module.a.get_parameter("weight"), 0, index, optimizer)
-        _zero(module.b.get_parameter("weight"), 1, index, optimizer)
+        for parameter, dimension in _factors(module):
+            parameter.index_fill_(dimension, index, 0.0)
+            if parameter.grad is not None:
+                parameter.grad.index_fill_(dimension, index, 0.0)
+    forget(module, index, optimizer)
+
+
+def forget(module: LoraModule, index: Tensor, optimizer: Optimizer | None) -> None:
+    """Zero what the optimizer remembers of the components `index`."""
+    with torch.no_grad():
+        for parameter, dimension in _factors(module):
+            zero_state(optimizer, parameter, dimension, index)
 
 
 def grow(
@@ -188,23 +261,6 @@ def grow(
         for component in components:
             row = torch.empty(weight.shape[1]).uniform_(-bound, bound, generator=generator)
             weight[component] = row.to(weight)
-
-
-def _zero(
-    parameter: nn.Parameter, dimension: int, index: Tensor, optimizer: Optimizer | None
-) -> None:
-    parameter.index_fill_(dimension, index, 0.0)
-    if parameter.grad is not None:
-        parameter.grad.index_fill_(dimension, index, 0.0)
-    for value in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
-        if not isinstance(value, Tensor):
-            continue
-        if value.shape == parameter.shape:
-            value.index_fill_(dimension, index, 0.0)
-        elif (
-            value.shape == parameter.shape[dimension : dimension + 1]
-        ):  # Adafactor's factored moment
-            value.index_fill_(0, index, 0.0)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.adapter import add_headroom
+from tsqlora.adapter import add_headroom, set_physical_ranks
 from tsqlora.allocation import RankPlan
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
@@ -30,6 +30,9 @@ class DynamicRankCallback(TrainerCallback):
         headroom: further components each module may grow to.
         schedule: when ranks move.
         seed: of the rows that grown components start from.
+        compact: once ranks are frozen, give back the memory and time of pruned components; in a
+            single process only.
+        resume_from: the checkpoint the Trainer will resume from; needed where it was compacted.
         on_moves: called with all reallocations so far whenever there is a new one, and on resume.
 
     Raises:
@@ -44,9 +47,11 @@ class DynamicRankCallback(TrainerCallback):
         schedule: RankSchedule | None = None,
         seed: int = 0,
         on_moves: Callable[[Sequence[Reallocation]], None] | None = None,
+        compact: bool = False,
+        resume_from: str | Path | None = None,
     ) -> None:
         self.plan, self.headroom, self.schedule, self.seed = plan, headroom, schedule, seed
-        self.on_moves = on_moves
+        self.on_moves, self.compact, self.resume_from = on_moves, compact, resume_from
         self.ranks: DynamicRank | None = None
         self._ready = False
 
@@ -56,7 +61,10 @@ class DynamicRankCallback(TrainerCallback):
         """Make room, before any optimizer or data-parallel wrapper sees the parameters."""
         model: nn.Module = kwargs["model"]
         lora_modules(model)
-        add_headroom(model, self.headroom)
+        if self.resume_from is None:
+            add_headroom(model, self.headroom)
+        else:
+            set_physical_ranks(model, _read(Path(self.resume_from))["physical"])
         self._ready = True
 
     def on_train_begin(
@@ -68,6 +76,11 @@ class DynamicRankCallback(TrainerCallback):
                 "DynamicRankCallback came too late: pass it to the Trainer's constructor, "
                 "Trainer(..., callbacks=[DynamicRankCallback()])."
             )
+        if self.compact and args.load_best_model_at_end:
+            raise TrainingError(
+                "load_best_model_at_end would load a checkpoint of other shapes after ranks were "
+                "compacted: leave out one of the two."
+            )
         self.ranks = DynamicRank(
             kwargs["model"],
             kwargs["optimizer"],
@@ -76,11 +89,9 @@ class DynamicRankCallback(TrainerCallback):
             self.schedule,
             self.seed,
         )
-        saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step:
-            if not saved.exists():
-                raise TrainingError(f"{saved} is missing: this checkpoint holds no dynamic ranks.")
-            self.ranks.load_state_dict(json.loads(saved.read_text(encoding="utf-8")))
+            checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            self.ranks.load_state_dict(_read(checkpoint))
         self._tell()
 
     def on_pre_optimizer_step(
@@ -91,6 +102,9 @@ class DynamicRankCallback(TrainerCallback):
         move = self.ranks.step()
         if move is not None:
             self._tell()
+        if self.compact and self.ranks.frozen:
+            self.ranks.compact()
+            self.compact = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,3 +126,11 @@ class DynamicRankCallback(TrainerCallback):
         """Nothing silently does nothing."""
         if self.ranks is None or (state.global_step and not self.ranks.taken):
             raise TrainingError("Training ended but DynamicRankCallback never saw a step.")
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    saved = checkpoint / STATE_FILE
+    if not saved.exists():
+        raise TrainingError(f"{saved} is missing: this checkpoint holds no dynamic ranks.")
+    state: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8"))
+    return state

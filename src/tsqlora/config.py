@@ -114,6 +114,8 @@ class RanksConfig:
 
     `parameters` replaces the default `mean_rank`. `rule` says how ranks follow from sensitivity
     (formulas in `rank_rules.py`); marginal_gain sketches every module's mean gradient as well.
+    `dynamic` ranks move while training; with `compact` the model is cut to its true ranks once they
+    no longer move, in a single process, which saves memory and time.
     """
 
     mean_rank: _Positive | None = 8
@@ -125,6 +127,7 @@ class RanksConfig:
         "proportional", "square_root", "per_parameter", "waterfill", "marginal_gain", "uniform"
     ] = "proportional"
     dynamic: bool = True
+    compact: bool = False
 
     def __post_init__(self) -> None:
         if self.parameters is not None and self.mean_rank == type(self).mean_rank:
@@ -262,6 +265,8 @@ def _rank_conflicts(ranks: RanksConfig, given: Mapping[str, Any]) -> Iterator[st
         yield "give ranks.mean_rank or ranks.parameters, not both: set the other to null"
     elif mean is None and ranks.parameters is None:
         yield "ranks.mean_rank or ranks.parameters is required: both are null"
+    if ranks.compact and not ranks.dynamic:
+        yield "ranks.compact is for ranks.dynamic: true; without it no component is ever pruned"
     if low > high:
         yield f"ranks.min_rank ({low}) must not exceed ranks.max_rank ({high})"
     elif mean is not None and not low <= mean <= high:

@@ -1,12 +1,7 @@
 """When ranks move, and which components: the plan made again from what training shows.
 
-Over a short window before each reallocation two things are averaged from the gradients that the
-backward has left, at no cost beyond some sums:
-
-- importance of component j of module m: |⟨B_j, ∇B_j⟩|, the first-order loss change of removing it
-  (as AdaLoRA's |w·g|, arXiv 2303.10512, for the component as a whole);
-- demand of module m: the mean over its components of ‖∇B_j‖² / ‖A_j‖², an estimate of what the
-  loss would gain in a fresh direction, since ∇B_j = s·∇W A_jᵀ.
+Over a short window before each reallocation the importance of every component and the demand of
+every module are taken from the gradients that the backward has left (`observing.py`).
 
 A new target plan is allocated within the same budget in proportion to √(planned rank · √demand
 share); the least important components of modules above their target are pruned and modules below
@@ -15,19 +10,25 @@ it grow, at most `move_share` of the budget at once. Ranks freeze after the last
 
 from __future__ import annotations
 
+import logging
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tsqlora.adapter import active, active_ranks, grow, prune
+from tsqlora import processes
+from tsqlora.adapter import active, active_ranks, compact, forget, grow, prune
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import LoraModule, lora_modules
+from tsqlora.observing import Observed, Observer
+from tsqlora.optimizer_state import check_understood, is_quantised
 from tsqlora.sensitivity import LayerSensitivity
+
+logger = logging.getLogger("tsqlora")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,13 @@ class Reallocation:
 class DynamicRank:
     """Moves ranks while training, within the budget at every step.
 
-    In a loop of one's own::
+    In a loop of one's own, once an optimizer step, after its last backward::
 
         ranks = DynamicRank(model, optimizer, total_steps=n)
         loss.backward(); ranks.step(); optimizer.step(); optimizer.zero_grad()
+
+    Gradients may be clipped and scaled (GradScaler) before or after; steps that a loss scaler skips
+    are not looked at. The learning rate and its schedule are not touched.
 
     Attributes:
         planned: the first rank of every module, which the budget comes from.
@@ -98,8 +102,9 @@ class DynamicRank:
             raise TrainingError(
                 f"total_steps = {total_steps}: dynamic ranks need to know the length."
             )
-        self.modules = lora_modules(model)
+        self.model, self.modules = model, lora_modules(model)
         self.optimizer, self.seed = optimizer, seed
+        self._understood = self._drifts = False
         self.schedule = schedule or RankSchedule()
         self.moves_at = self.schedule.steps(total_steps)
         self.taken = 0
@@ -107,7 +112,8 @@ class DynamicRank:
         _check_trained(self.modules, optimizer)
         ranks = plan.adapted if plan is not None else active_ranks(model)
         self.planned = {m.name: ranks.get(m.name, 0) for m in self.modules}
-        self._clear()
+        self.observer = Observer(self.modules)
+        self._idle = self._pruned()
 
     @property
     def budget(self) -> int:
@@ -119,79 +125,111 @@ class DynamicRank:
         optimizer's step. Returns what moved, or None.
 
         Raises:
-            TrainingError: no factor has a gradient.
+            TrainingError: no factor has a gradient, all are zero over a whole window, or the
+                optimizer's state is not understood.
         """
+        if all(m.b.weight.grad is None for m in self.modules):
+            raise TrainingError(
+                "No LoRA factor has a gradient: call DynamicRank.step() after backward and before "
+                "optimizer.step() and zero_grad(), and see that the adapter is trainable."
+            )
+        if not self._understood:  # it has no state before its first step
+            self._understood = check_understood(self.optimizer, self._parameters())
+            self._drifts = is_quantised(self.optimizer, self._parameters())
+        if self._drifts:
+            for module in self.modules:
+                forget(module, self._idle[module.name], self.optimizer)
         self.taken += 1
         coming = next((s for s in self.moves_at if s >= self.taken), None)
         if coming is None or self.taken <= coming - self.schedule.window:
             return None
-        self._observe()
+        self.observer.add()
         return self._reallocate() if self.taken == coming else None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether ranks have moved for the last time."""
+        return self.taken >= max(self.moves_at, default=0)
+
+    def compact(self) -> None:
+        """Give back the memory and time of all pruned components, once ranks are frozen.
+
+        Factors, gradients and optimizer state are cut to the active ranks; parameters stay the same
+        objects. To be called where `step` may be, or between optimizer steps.
+
+        Raises:
+            TrainingError: ranks still move, several processes train the model (they hold buffers of
+                the old shapes), it is compiled, or the optimizer's state cannot be cut.
+        """
+        if not self.frozen:
+            last = max(self.moves_at)
+            raise TrainingError(f"Ranks move until step {last}: compact them after it.")
+        if processes.count() > 1:
+            raise TrainingError(
+                "Ranks are compacted in a single process only, as others hold gradients in the old "
+                "shapes: leave out ranks.compact; the exported adapter is compact anyway."
+            )
+        compact(self.model, self.optimizer)
+        self.observer.clear()
+        self._idle = self._pruned()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the weights; JSON-able."""
         return {
             "planned": self.planned,
+            "physical": {m.name: m.rank for m in self.modules},
             "taken": self.taken,
-            "observed": self._observed,
-            "importance": {n: v.tolist() for n, v in self._importance.items()},
-            "demand": dict(self._demand),
+            "observed": self.observer.state_dict(),
             "history": [move.to_dict() for move in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was taken."""
-        self.planned = dict(state["planned"])
-        self.taken, self._observed = state["taken"], state["observed"]
-        self._importance = {
-            n: torch.tensor(v, dtype=torch.float64) for n, v in state["importance"].items()
-        }
-        self._demand = dict(state["demand"])
-        self.history = [Reallocation(**move) for move in state["history"]]
+        """Take up where `state_dict` was taken.
 
-    def _clear(self) -> None:
-        self._observed = 0
-        self._importance = {m.name: torch.zeros(m.rank, dtype=torch.float64) for m in self.modules}
-        self._demand = dict.fromkeys(self._importance, 0.0)
-
-    def _observe(self) -> None:
-        gradients = [m.b.weight.grad for m in self.modules]
-        if all(gradient is None for gradient in gradients):
+        Raises:
+            TrainingError: the model's factors have other shapes than then.
+        """
+        physical = {m.name: m.rank for m in self.modules}
+        if state["physical"] != physical:
             raise TrainingError(
-                "No LoRA factor has a gradient: call DynamicRank.step() after backward and before "
-                "optimizer.step(), and see that the adapter is trainable."
+                "The checkpoint's factors have other ranks than the model's: it was compacted, or "
+                "made with another headroom or plan. DynamicRankCallback(resume_from=checkpoint) "
+                "gives the model the checkpoint's shapes."
             )
-        self._observed += 1
-        for module, gradient in zip(self.modules, gradients, strict=True):
-            if gradient is None:
-                continue
-            alive = active(module)
-            inner = (module.b.weight.detach() * gradient).sum(0).abs()
-            self._importance[module.name] += inner.double().cpu()
-            if alive.any():
-                rows = module.a.weight.detach()[alive].square().sum(1)
-                ratio = gradient[:, alive].square().sum(0) / rows
-                self._demand[module.name] += float(ratio.mean())
+        self.planned, self.taken = dict(state["planned"]), state["taken"]
+        self.observer.load_state_dict(state["observed"])
+        self.history = [Reallocation(**move) for move in state["history"]]
+        self._idle = self._pruned()
+
+    def _pruned(self) -> dict[str, Tensor]:
+        return {m.name: (~active(m)).nonzero().flatten() for m in self.modules}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [f.get_parameter("weight") for m in self.modules for f in (m.a, m.b)]
 
     def _reallocate(self) -> Reallocation | None:
+        observed = self.observer.read()
+        self.observer.clear()
+        if not observed.steps:
+            logger.warning("No gradient before step %d was finite: ranks stay.", self.taken)
+            return None
         current = {m.name: int(active(m).sum()) for m in self.modules}
-        target = self._target(current)
-        pruned, freed = self._prune_above(current, target)
+        target = self._target(current, observed.demand)
+        pruned, freed = self._prune_above(current, target, observed)
         grown = self._grow_below(current, target, freed)
-        self._clear()
         if not pruned and not grown:
             return None
+        self._idle = self._pruned()
         ranks = {m.name: int(active(m).sum()) for m in self.modules}
         move = Reallocation(self.taken, ranks, pruned, grown)
         self.history.append(move)
         return move
 
-    def _target(self, current: dict[str, int]) -> dict[str, int]:
+    def _target(self, current: dict[str, int], demand: dict[str, float]) -> dict[str, int]:
         """The plan made again: weights √(planned rank · √demand share), caps the physical ranks."""
-        total = sum(self._demand.values()) or 1.0
+        total = sum(demand.values()) or 1.0
         weights = {
-            name: (self.planned[name] * (self._demand[name] / total) ** 0.5) ** 0.5
-            for name in current
+            name: (self.planned[name] * (demand[name] / total) ** 0.5) ** 0.5 for name in current
         }
         shapes = {m.name: m.shape for m in self.modules if weights[m.name] > 0}
         if not shapes:
@@ -206,16 +244,16 @@ class DynamicRank:
         return {**current, **wanted}
 
     def _prune_above(
-        self, current: dict[str, int], target: dict[str, int]
+        self, current: dict[str, int], target: dict[str, int], observed: Observed
     ) -> tuple[dict[str, int], int]:
         """Prune the least important components over target, most `move_share` of the budget."""
         candidates = []
         for module in self.modules:
             over = current[module.name] - target[module.name]
             alive = active(module).cpu().nonzero().flatten().tolist()
-            scores = self._importance[module.name]
-            for component in sorted(alive, key=lambda j: (float(scores[j]), j))[: max(over, 0)]:
-                value = float(scores[component]) / sum(module.shape)
+            scores = observed.importance[module.name].tolist()
+            for component in sorted(alive, key=lambda j: (scores[j], j))[: max(over, 0)]:
+                value = scores[component] / sum(module.shape)
                 candidates.append((value, module.name, component, module))
         freed, pruned = 0, dict[str, int]()
         for _, name, component, module in sorted(candidates, key=lambda c: c[:3]):

@@ -235,7 +235,16 @@ class Run:
         scores, plan = self.score(), self.plan()
         sampler = self._sampler(scores)
         model = self._planned_model(plan)
-        dynamic = DynamicRankCallback(plan, seed=self.config.seed, on_moves=self._save_moves)
+        with processes.main_first():
+            prepare_folder(self.folder.training, inputs)
+            checkpoint = last_checkpoint(self.folder.training)
+        dynamic = DynamicRankCallback(
+            plan,
+            seed=self.config.seed,
+            on_moves=self._save_moves,
+            compact=self.config.ranks.compact,
+            resume_from=checkpoint,
+        )
         trainer = PoolTrainer(
             sampler,
             model=model,
@@ -246,9 +255,6 @@ class Run:
             callbacks=[dynamic] if self.config.ranks.dynamic else [],
         )
         logger.info(f"4/4 Training: {len(sampler)} samples an epoch")
-        with processes.main_first():
-            prepare_folder(self.folder.training, inputs)
-            checkpoint = last_checkpoint(self.folder.training)
         with counted(self.folder, "training", trainer.passes(), seconds_before(checkpoint)):
             run_training(trainer, checkpoint)
         log = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
