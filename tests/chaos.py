@@ -63,6 +63,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
         {
             **BY_STEPS,
             "training.save_total_limit": 1,
+            "training.max_steps": 7,  # in the middle of the third epoch
             "training.gradient_accumulation_steps": 2,
             "training.train_sampling_strategy": "group_by_length",
             "adapter.dropout": 0.1,
@@ -263,8 +264,8 @@ class Chaos:
         wrong = differences(self.whole, run)
         cost = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["cost"]
         if cost["scoring_seconds"] + cost["training_seconds"] > spent + ended.seconds:
-            wrong.append(f"costs more seconds than {spent + ended.seconds:.1f}: {cost}")
-        return " then ".join(where), [f"{ended.said}\n{line}" for line in wrong]
+            wrong.append(f"it costs more seconds than {spent + ended.seconds:.1f}: {cost}")
+        return " then ".join(where), wrong and [ended.said, *wrong]
 
     def _moment(self, run: Path) -> tuple[Trap, float | None, str]:
         """When to kill: by the clock, at an event, or in the middle of the bytes after one."""
@@ -309,14 +310,12 @@ def chaos(names: list[str], kills: int, seed: int) -> int:
         for number in tqdm(range(kills), desc="kills", mininterval=1):
             which = number % len(made)
             where, wrong = made[which].kill(number)
-            tqdm.write(f"{names[which]}: {where}{': WRONG' if wrong else ''}", file=sys.stdout)
-            for line in wrong:
-                tqdm.write(line, file=sys.stdout)
+            told = f"WRONG: {names[which]}" if wrong else names[which]
+            tqdm.write("\n".join([f"{told}: {where}", *wrong]), file=sys.stdout)
             failed += bool(wrong)
             stages["not reached" if where.startswith("not") else "killed"] += 1
-    print(
-        f"{kills} runs killed (seed {seed}), {failed} ended otherwise than one left alone; {stages}"
-    )
+    summary = ", ".join(f"{number} {what}" for what, number in stages.items())
+    print(f"{kills} runs (seed {seed}): {summary}; {failed} ended otherwise than one left alone")
     return failed
 
 

@@ -8,15 +8,22 @@ import os
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
+from tsqlora import checkpoints
+from tsqlora.adaptation import Adaptation, adapt_briefly
 from tsqlora.artefacts import prepare_folder, remove_temporaries, temporary_name
 from tsqlora.checkpoints import InterruptCallback, last_checkpoint, whole_checkpoints
 from tsqlora.interruption import Terminated, handling, stop
+from tsqlora.lora_layers import trainable_state
 from tsqlora.seals import SEAL, seal, why_broken
 
 FILES = st.dictionaries(
@@ -103,6 +110,39 @@ def test_a_checkpoint_without_its_best_is_not_gone_on_from(tmp_path: Path) -> No
     assert last_checkpoint(tmp_path) == last
     (best / "weights").unlink()
     assert last_checkpoint(tmp_path) == first
+
+
+@pytest.mark.parametrize("there", [1, 3, 4])
+def test_an_adaptation_goes_on_from_any_step_to_the_same_weights(
+    tmp_path: Path, there: int
+) -> None:
+    def adapted(steps: int, folder: Path) -> dict[str, torch.Tensor]:
+        model = with_lora(tiny_model("bert"), "classification", modules_to_save=["classifier"])
+        rows = Dataset.from_list(rows_of(tiny_batch("classification", 11)))
+        settings = {"save_strategy": "steps", "save_steps": 1, "disable_tqdm": True}
+        adaptation = Adaptation(4, 1e-2, 2, 0, 0.5, settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "InterruptCallback", lambda: StopAt(steps))
+            adapt_briefly(model, rows, collate, adaptation, folder)
+        return {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+
+    whole = adapted(9, tmp_path / "whole")
+    adapted(there, tmp_path / "broken")
+    assert [p.name for p in whole_checkpoints(tmp_path / "broken")[0]] == [f"checkpoint-{there}"]
+    resumed = adapted(9, tmp_path / "broken")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+class StopAt(InterruptCallback):
+    """Stops after a step as if interrupted, but says nothing of it."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = True
 
 
 def test_what_was_made_of_other_inputs_is_cleared(tmp_path: Path) -> None:

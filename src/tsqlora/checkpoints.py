@@ -117,18 +117,26 @@ class SealCallback(TrainerCallback):
     """
 
     def __init__(self, before: float) -> None:
-        self.before, self.limit = before, 0
+        self.before, self.limit, self.over = before, 0, False
         self.started = time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the removal of old checkpoints; find the best one again in a moved folder."""
+        self.over = state.global_step >= state.max_steps
         self.limit = args.save_total_limit or self.limit
         args.save_total_limit = None
         best = Path(args.output_dir or ".") / f"checkpoint-{state.best_global_step}"
         if best.is_dir():
             state.best_model_checkpoint = str(best)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing more happens where all steps were taken before."""
+        if self.over:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

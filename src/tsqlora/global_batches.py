@@ -97,7 +97,12 @@ class GlobalBatchTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """The batches of one step; counts the targets that all processes have in it."""
+        """The batches of one step; counts the targets that all processes have in it.
+
+        None once all steps are taken: resumed there, the Trainer would take one too many.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._targets = processes.total(sum(self._counted(batch) for batch in batches))
         return batches, None
