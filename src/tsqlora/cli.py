@@ -122,7 +122,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="F", help="another data file instead of the run's splits")
     sub = _verb(verbs, export)
     sub.add_argument("run", metavar="RUN", help="run folder")
-    sub.add_argument("--format", choices=("compact", "padded", "merged"), default="compact")
+    sub.add_argument(
+        "--format",
+        choices=("compact", "padded", "merged"),
+        default="compact",
+        help="compact: true ranks, for PEFT and vLLM; padded: one rank, right everywhere: use "
+        "padded for llama.cpp, TGI and SGLang; merged: a plain model, a quantised base dequantised",
+    )
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = _verb(verbs, report)
     sub.add_argument("run", metavar="RUN", help="run folder")

@@ -28,6 +28,8 @@ from peft import {loader}
 model = {loader}.from_pretrained("path/to/this/folder"{heads})
 model = model.merge_and_unload()  # optional: a plain model, as fast as the base
 ```
+
+PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export RUN --format padded`.
 {labels}"""
 
 
