@@ -55,6 +55,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
             "training.eval_strategy": "steps",
             "training.eval_steps": 3,
             "training.load_best_model_at_end": True,
+            "training.greater_is_better": True,  # so that it is not the last
             "quality.reference": "validation",
         },
     ),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from runs import classification_run
@@ -96,6 +97,20 @@ def interrupted_at(step: int, number: int) -> type[InterruptCallback]:
             super().on_step_end(args, state, control, **kwargs)
 
     return Interrupted
+
+
+def test_the_best_checkpoint_brings_its_ranks_and_the_record_says_so(tmp_path: Path) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    keys |= {"load_best_model_at_end": True, "greater_is_better": True}  # the worst is the best
+    run = train(classification_run(tmp_path, **{f"training.{k}": v for k, v in keys.items()}))
+    moves = [json.loads(line)["ranks"] for line in (run / "ranks.jsonl").read_text().splitlines()]
+    there = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(tensor)
+        for name, tensor in load_file(run / "adapter/adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
+    assert {name: rank for name, rank in moves[-1].items() if rank} == there
+    assert moves[-2] != moves[-1]
 
 
 def test_preset_paper_keeps_one_subset(tmp_path: Path) -> None:

@@ -123,9 +123,11 @@ class DynamicRankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Nothing silently does nothing."""
+        """Nothing silently does nothing; the best checkpoint brings its own ranks."""
         if self.ranks is None or (state.global_step and not self.ranks.taken):
             raise TrainingError("Training ended but DynamicRankCallback never saw a step.")
+        if args.load_best_model_at_end and self.ranks.note_return() is not None:
+            self._tell()
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

@@ -173,6 +173,20 @@ class DynamicRank:
         self.observer.clear()
         self._idle = self._pruned()
 
+    def note_return(self) -> Reallocation | None:
+        """Note as a last move that the model was given an earlier state back, if it was.
+
+        As the Trainer does at the end with its best checkpoint.
+        """
+        before = self.history[-1].ranks if self.history else self.planned
+        ranks = {m.name: int(active(m).sum()) for m in self.modules}
+        if ranks == before:
+            return None
+        pruned = {n: before[n] - rank for n, rank in ranks.items() if rank < before[n]}
+        grown = {n: rank - before[n] for n, rank in ranks.items() if rank > before[n]}
+        self.history.append(Reallocation(self.taken, ranks, pruned, grown))
+        return self.history[-1]
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the weights; JSON-able."""
         return {
