@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+import tsqlora as tsq
 from reference import looped_gradients, looped_lookahead, loss_of
-from tiny import KINDS, tiny_batch, tiny_model, with_lora
+from test_per_sample_grads import checkpointed
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.errors import ModelError
 from tsqlora.lookahead import one_step
 from tsqlora.per_sample_grads import Dots, Keep, PerSampleGradients, Sketch, SquaredNorms
@@ -46,9 +50,16 @@ def relative(got: Tensor, true: Tensor) -> float:
     return float((got - true).norm() / true.norm().clamp(min=1e-30))
 
 
-def error_of(model: Any, kind: str, batch: dict[str, Tensor]) -> float:
+def error_of(
+    model: Any, kind: str, batch: dict[str, Tensor], checkpointing: str | None = None
+) -> float:
     """The worst relative error of gradients, norms, dots, sketches and lookahead to a loop."""
     loops = looped_gradients(model, kind, batch)
+    true = torch.stack([flat(loop) for loop in loops])
+    steps = 0.5 / true.norm(dim=1).clamp(min=1e-12)
+    after = looped_lookahead(model, kind, batch, steps)
+    if checkpointing is not None:
+        checkpointed(model, checkpointing == "reentrant")
     keep, norms, sketch = Keep(), SquaredNorms(), Sketch(64)
     dots = Dots(loops[0])
     with PerSampleGradients(model, keep, norms, dots, sketch) as gradients:
@@ -58,17 +69,14 @@ def error_of(model: Any, kind: str, batch: dict[str, Tensor]) -> float:
         relative(flat({name: g[i] for name, g in whole.items()}), flat(loop))
         for i, loop in enumerate(loops)
     ]
-    true = torch.stack([flat(loop) for loop in loops])
     errors.append(relative(torch.as_tensor(norms.total).sqrt(), true.norm(dim=1)))
     errors.append(relative(torch.as_tensor(dots.total), true @ true[0]))
     alone = Sketch(64)
     for name, gradient in whole.items():
         alone.add(name, gradient)
     errors.append(relative(sketch.take(), alone.take()))
-    steps = 0.5 / true.norm(dim=1)
     with torch.no_grad(), one_step(gradients, keep, steps):
-        stepped = loss_of(model, kind, batch)
-    errors.append(relative(stepped, looped_lookahead(model, kind, batch, steps)))
+        errors.append(relative(loss_of(model, kind, batch), after))
     return max(errors)
 
 
@@ -105,15 +113,71 @@ def test_expert_parameters_whatever_the_experts_run_on(implementation: str) -> N
     assert error_of(model, "causal-lm", tiny_batch("causal-lm")) < 1e-5
 
 
-def test_rslora() -> None:
-    model = with_lora(tiny_model("bert", double=True), "classification", use_rslora=True)
-    assert error_of(model, "classification", tiny_batch("classification")) < 1e-10
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rslora": ("bert", {"use_rslora": True}),
+    "Conv1D, biases, and a module saved whole": (
+        "gpt2",
+        {"lora_bias": True, "modules_to_save": ["wpe"]},
+    ),
+    "ranks and scales of their own": (
+        "llama",
+        {"rank_pattern": {"q_proj": 5, "0.mlp.up_proj": 1}, "alpha_pattern": {"k_proj": 7}},
+    ),
+    "layers that run twice": ("llama", {"layer_replication": [[0, 2], [0, 2]]}),
+    "one layer of two": ("bert", {"layers_to_transform": [1], "target_modules": ["query"]}),
+    "trained tokens": ("llama", {"trainable_token_indices": [4, 5]}),
+    "both ends, untied": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "both ends of one weight": ("gemma", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "embeddings and shared layers": ("albert", {"target_modules": EMBEDDINGS["albert"]}),
+    "embeddings of an encoder-decoder": ("bart", {"target_modules": EMBEDDINGS["bart"]}),
+    "experts and embeddings": (
+        "mixtral",
+        {"target_modules": ["q_proj", "embed_tokens"], "target_parameters": EXPERTS},
+    ),
+    "a linear module's bare weight": (
+        "llama",
+        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]},
+    ),
+}
 
 
-def test_a_bias_of_lora_and_modules_to_save_have_no_part_in_the_gradient() -> None:
-    model = with_lora(
-        tiny_model("gpt2", double=True), "causal-lm", lora_bias=True, modules_to_save=["wpe"]
-    )
+@settings(max_examples=60)
+@given(
+    way=st.sampled_from(sorted(WAYS)),
+    samples=st.integers(1, 5),
+    longest=st.integers(4, 12),
+    left=st.booleans(),
+    masked=st.booleans(),
+    checkpointing=st.sampled_from([None, "reentrant", "not reentrant"]),
+    double=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_every_way_to_adapt(
+    way: str,
+    samples: int,
+    longest: int,
+    left: bool,
+    masked: bool,
+    checkpointing: str | None,
+    double: bool,
+    seed: int,
+) -> None:
+    name, more = WAYS[way]
+    kind = KINDS[name]
+    model = with_lora(tiny_model(name, seed, double), kind, **more)
+    batch = tiny_batch(kind, samples, seed, longest, left=left and kind == "causal-lm")
+    if masked and kind != "classification":
+        batch["labels"][-1] = -100
+    if name == "albert":  # it has no checkpointing
+        checkpointing = None
+    assert error_of(model, kind, batch, checkpointing) < (1e-10 if double else 1e-5)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "eva", "orthogonal"])
+def test_however_the_factors_start(start: str) -> None:
+    targets = ["q_proj", "down_proj"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=start)
+    model = get_peft_model(tiny_model("llama"), config).double().eval()
     assert error_of(model, "causal-lm", tiny_batch("causal-lm")) < 1e-10
 
 
@@ -181,11 +245,75 @@ def test_what_is_not_exact_is_refused(settings: dict[str, Any], message: str) ->
         PerSampleGradients(model)
 
 
-def test_convolutions_are_refused() -> None:
+@pytest.mark.parametrize(
+    "module",
+    [
+        torch.nn.Conv1d(4, 4, 3),
+        torch.nn.Conv2d(4, 4, 3),
+        torch.nn.Conv3d(4, 4, 3),
+        torch.nn.MultiheadAttention(4, 2),
+    ],
+)
+def test_other_modules_are_refused(module: torch.nn.Module) -> None:
     body = torch.nn.Sequential()
-    body.add_module("conv", torch.nn.Conv1d(4, 4, 3))
-    model = get_peft_model(body, LoraConfig(target_modules=["conv"]))
-    with pytest.raises(ModelError, match=r"conv.*leave it out of target_modules"):
+    body.add_module("other", module)
+    model = get_peft_model(body, LoraConfig(target_modules=["other"]))
+    with pytest.raises(ModelError, match=r"other.*leave it out of target_modules"):
+        PerSampleGradients(model)
+
+
+OTHERS = [
+    peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    peft.VeraConfig(target_modules=["q_proj"], r=2),
+    peft.LoHaConfig(target_modules=["q_proj"], r=2),
+    peft.OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4),
+    peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    peft.LNTuningConfig(target_modules=["norm"]),
+    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: str(config.peft_type.value))
+def test_adapters_of_other_kinds_are_refused_by_name_and_left_alone(config: Any) -> None:
+    model = get_peft_model(tiny_model("llama"), config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = Dataset.from_list(rows_of(tiny_batch("causal-lm")))
+    for measure in (tsq.score_samples, tsq.layer_sensitivity):
+        with pytest.raises(ModelError, match=rf"kind {config.peft_type.value}; only LoRA"):
+            measure(model, rows, collate)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_lora_beside_another_kind_is_refused() -> None:
+    model = with_lora(tiny_model("llama"), "causal-lm", mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="kind LOHA; only LoRA"):
+        PerSampleGradients(model)
+
+
+def test_factors_that_are_views_of_others_are_refused() -> None:
+    model = with_lora(
+        tiny_model("gemma"),
+        "causal-lm",
+        target_modules=["embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
+    )
+    with pytest.raises(ModelError, match=r"shares a factor with .*ensure_weight_tying=False"):
+        PerSampleGradients(model)
+
+
+def test_adapters_that_are_merged_or_disabled_are_refused() -> None:
+    model = with_lora(tiny_model("llama"), "causal-lm")
+    model.base_model.model.model.layers[0].self_attn.q_proj.merge()
+    with pytest.raises(ModelError, match=r"layers.0.self_attn.q_proj.*call unmerge_adapter\(\)"):
+        PerSampleGradients(model)
+    model.unmerge_adapter()
+    PerSampleGradients(model)
+    model.disable_adapter_layers()
+    with pytest.raises(ModelError, match=r"disabled; call enable_adapter_layers\(\)"):
         PerSampleGradients(model)
 
 

@@ -21,7 +21,7 @@ ORDER = [
     "table_files", "data",
     "losses", "quantized", "batches", "heads", "loading", "encoding", "encoded", "labels",
     "base_task", "tasks", "generation", "metrics",
-    "hooks", "replay", "lora_layers", "factors", "experts",
+    "hooks", "replay", "targets", "lora_layers", "factors", "experts",
     "global_batches", "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
     "memory", "measuring", "parts", "null", "scoring", "estimators", "sensitivity",

@@ -20,9 +20,10 @@ from tsqlora import layer_sensitivity
 from tsqlora.cli import main
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.export import export_adapter
-from tsqlora.lora_layers import base_weight, is_quantized, linear_names
+from tsqlora.lora_layers import base_weight, is_quantized
 from tsqlora.pipeline import Run
 from tsqlora.quantized import Quantization, keep_exact
+from tsqlora.targets import linear_names
 
 pytest.importorskip("bitsandbytes")
 CLOSE = 1e-5

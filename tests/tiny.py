@@ -10,7 +10,8 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from tsqlora.lora_layers import PEFT_TASK_TYPES, resolve_targets
+from tsqlora.lora_layers import PEFT_TASK_TYPES
+from tsqlora.targets import resolve_targets
 
 VOCABULARY, END = 40, 2
 SMALL: dict[str, Any] = {
@@ -129,6 +130,22 @@ DECODERS: dict[str, Callable[[], Any]] = {
             pad_token_id=0,
         )
     ),
+    "openai-gpt": lambda: tf.OpenAIGPTLMHeadModel(
+        tf.OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    ),
+    "xlm": lambda: tf.XLMWithLMHeadModel(
+        tf.XLMConfig(vocab_size=VOCABULARY, emb_dim=16, n_layers=2, n_heads=2, pad_index=0)
+    ),
+    "mamba": lambda: tf.MambaForCausalLM(
+        tf.MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            state_size=4,
+            time_step_rank=2,
+            pad_token_id=0,
+        )
+    ),
     "llama": _decoder(tf.LlamaConfig, tf.LlamaForCausalLM),
     "qwen2": _decoder(tf.Qwen2Config, tf.Qwen2ForCausalLM),
     "qwen3": _decoder(tf.Qwen3Config, tf.Qwen3ForCausalLM, head_dim=8),
@@ -170,6 +187,7 @@ def with_lora(
 ) -> PeftModel:
     """The model under LoRA; with random A and B where asked, so that both have gradients."""
     targets = resolve_targets(model, kind, settings.pop("target_modules", "all-linear"))
+    mixed = settings.pop("mixed", False)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -179,7 +197,7 @@ def with_lora(
         **settings,
     )
     dtype = next(model.parameters()).dtype
-    return get_peft_model(model, config).to(dtype).eval()
+    return get_peft_model(model, config, mixed=mixed).to(dtype).eval()
 
 
 def tiny_batch(

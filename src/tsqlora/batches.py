@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm.auto import tqdm
 
 from tsqlora.data import require_map_style
@@ -78,7 +79,7 @@ class Pool:
         self, model: nn.Module, dataset: Dataset, collator: Collator, batch_size: int
     ) -> None:
         self.rows, self.collator = model_columns(model, dataset), collator
-        self.device = next(model.parameters()).device
+        self.device = _device(model)
         self._columns = _token_columns(self.rows)
         self.tokens = _lengths(self.rows, self._columns)
         self.most = batch_size * (int(self.tokens.max(initial=0)) + OWN)
@@ -148,10 +149,25 @@ def split(batch: Batch, pieces: int) -> list[Batch]:
     samples = len(batch["labels"])
     if min(pieces, samples) <= 1:
         return [batch]
-    parts = {name: torch.tensor_split(tensor, pieces) for name, tensor in batch.items()}
-    return [
-        {name: tensors[i] for name, tensors in parts.items()} for i in range(min(pieces, samples))
-    ]
+    pieces = min(pieces, samples)
+    parts = {
+        name: torch.tensor_split(tensor, pieces)
+        if _by_sample(tensor, samples)
+        else [tensor] * pieces
+        for name, tensor in batch.items()
+    }
+    return [{name: tensors[i] for name, tensors in parts.items()} for i in range(pieces)]
+
+
+def first(batch: Batch, samples: int) -> Batch:
+    """The first so many samples of a batch."""
+    here = len(batch["labels"])
+    return {k: v[:samples] if _by_sample(v, here) else v for k, v in batch.items()}
+
+
+def _by_sample(tensor: Tensor, samples: int) -> bool:
+    """Whether a tensor has a row a sample; else it is the whole batch's, as positions may be."""
+    return tensor.dim() > 0 and len(tensor) == samples
 
 
 def _plan(tokens: np.ndarray, most: int) -> list[np.ndarray]:
@@ -200,6 +216,8 @@ def forward_logits(model: nn.Module, kind: str, batch: Batch) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k != "labels" or kind == SEQ2SEQ}
     if kind != SEQ2SEQ and "use_cache" in _forward_parameters(model):
         inputs["use_cache"] = False  # type: ignore[assignment]
+    if getattr(getattr(model, "config", None), "return_dict", True) is False:
+        inputs["return_dict"] = True  # type: ignore[assignment]
     logits = model(**inputs).logits
     assert isinstance(logits, Tensor)
     return logits
@@ -218,15 +236,15 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
     """
     longest = Pool(model, dataset, collator, 2)
     _, batch = next(longest.take(longest.plan[0]))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = {parameter: parameter.grad for parameter in model.parameters()}
     training = model.training
     try:
         with torch.enable_grad():
-            model.eval()  # as samples are measured
-            losses = forward_losses(model, kind, batch)
-            torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+            with evaluating(model):  # as samples are measured
+                forward_losses(model, kind, batch).sum().backward()
             model.train()  # as the Trainer takes them
-            torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+            found = model(**batch)
+            (found["loss"] if isinstance(found, Mapping) else found[0]).backward()
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
@@ -237,19 +255,57 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
             "config.json or the tokenizer, lower data.max_length, or use another model."
         ) from error
     finally:
+        for parameter, gradient in held.items():
+            parameter.grad = gradient
         model.train(training)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode."""
+    """Inside, the model is in eval mode, and what was compiled of it runs as it is written.
+
+    A compiled part would be compiled again for every hook that watches it. In eval mode 4-bit
+    layers take a kernel on some CPUs that passes no gradient; they are the same in training mode.
+    """
     training = model.training
     keep_exact(model)
     model.eval()
+    for module in filter(_has_4_bits, model.modules()):
+        module.train()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if _compiled(model) else nullcontext():
+            yield
     finally:
         model.train(training)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DataParallel or DistributedDataParallel."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _has_4_bits(module: nn.Module) -> bool:
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
+    return ("bitsandbytes", "Linear4bit") in names
+
+
+def _compiled(model: nn.Module) -> bool:
+    return any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model's weights are, or go where they are held elsewhere until they are needed."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
 
 def _forward_parameters(model: nn.Module) -> Sequence[str]:
@@ -259,8 +315,7 @@ def _forward_parameters(model: nn.Module) -> Sequence[str]:
 
 def singly(batch: Batch) -> Iterator[Batch]:
     """The same samples in batches of one, for models whose layers mix samples."""
-    for i in range(len(batch["labels"])):
-        yield {k: v[i : i + 1] for k, v in batch.items()}
+    return iter(split(batch, len(batch["labels"])))
 
 
 def subset(dataset: Dataset, most: int, seed: int) -> Dataset:

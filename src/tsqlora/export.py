@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tsqlora.adapter import active, changes_base, set_patterns
 from tsqlora.errors import ConfigError, ModelError
-from tsqlora.lora_layers import LoraModule, adapted_layers, clone_config, is_linear
+from tsqlora.lora_layers import LoraModule, adapted_layers, clone_config
 from tsqlora.merging import merged_model
+from tsqlora.targets import is_linear
 
 FORMATS = ("compact", "padded", "merged")
 

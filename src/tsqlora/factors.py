@@ -31,7 +31,9 @@ Gradient = tuple[str, Tensor, Columns | None]
 """A factor's name, its gradients (N, rows, columns), and which columns they are (all if None)."""
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
-SUPPORTED = ("Linear", "Embedding", "ParamWrapper")
+QUANTISED = ("GPTQLora", "AwqLora", "EetqLora", "HqqLora", "AqlmLora")
+"""Further layers whose forward calls A and B as two linear modules, whatever holds the weight."""
+SUPPORTED = ("Linear", "Embedding", "ParamWrapper", *QUANTISED)
 """Beginnings of the names of PEFT's layers whose per-sample gradients are exact."""
 
 
@@ -153,9 +155,9 @@ def scored_layers(model: nn.Module) -> list[LoraModule]:
         if getattr(lora.base, "scale_grad_by_freq", False):
             problems.append(f"{lora.name}: scale_grad_by_freq mixes samples; turn it off")
         for name, parameter in lora.layer.named_parameters():
-            if "lora_" not in name.split(".")[0]:
+            if "lora_" not in name.split(".")[0] or parameter.data_ptr() == 0:
                 continue
-            other = seen.setdefault(id(parameter), lora.name)
+            other = seen.setdefault(parameter.data_ptr(), lora.name)  # one may be a view
             if other != lora.name:
                 problems.append(
                     f"{lora.name}: shares a factor with {other}; adapt only one of the two, or set "

@@ -21,7 +21,8 @@ from tsqlora.artefacts import digest
 from tsqlora.config import RunConfig
 from tsqlora.errors import ModelError
 from tsqlora.loading import load_config, quiet
-from tsqlora.lora_layers import linear_names, lora_modules
+from tsqlora.lora_layers import lora_modules
+from tsqlora.targets import linear_names
 
 logger = logging.getLogger("tsqlora")
 

@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, PeftType
 from torch import Tensor, nn
 
 from tsqlora.errors import ModelError
 from tsqlora.heads import HEADS, head_modules
 from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
+from tsqlora.targets import linear_names, resolve_targets
 
 PEFT_TASK_TYPES = {
     CLASSIFICATION: "SEQ_CLS",
@@ -92,13 +93,18 @@ def adapted_layers(model: nn.Module, kinds: Sequence[str], because: str) -> list
     """Every layer that the active LoRA adapter adapts, all of these `kinds` (class names begin so).
 
     Raises:
-        ModelError: no LoRA adapter, several active, or a layer of another kind, `because`.
+        ModelError: no LoRA adapter, several active, merged or disabled ones, an adapter other than
+            LoRA, or a layer of another kind, `because`.
     """
+    refuse_other_adapters(model)
     found, problems = [], []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         active = [a for a in layer.active_adapters if a in layer.r]
+        if layer.merged or layer.disable_adapters:
+            problems.append(f"{name}: {_asleep(layer)} first")
+            continue
         if len(active) > 1:
             problems.append(f"{name}: {len(active)} adapters are active at once; activate one")
         elif active:
@@ -112,6 +118,31 @@ def adapted_layers(model: nn.Module, kinds: Sequence[str], because: str) -> list
             "peft.get_peft_model(model, tsqlora.lora_config(plan)) first."
         )
     return found
+
+
+def refuse_other_adapters(model: nn.Module) -> None:
+    """Only LoRA has factors to measure, plan and move.
+
+    Raises:
+        ModelError: `model` carries a PEFT adapter of another kind, which is named.
+    """
+    carries = isinstance(model, PeftModel | PeftMixedModel)
+    if not carries and not getattr(model, "_hf_peft_config_loaded", False):
+        return
+    configs: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
+    kinds = {each.peft_type for each in configs.values()}
+    others = sorted(str(getattr(kind, "value", kind)) for kind in kinds - {PeftType.LORA})
+    if others:
+        raise ModelError(
+            f"The model carries an adapter of kind {', '.join(others)}; only LoRA is supported: "
+            "take it off with unload() or merge_and_unload(), then adapt the base model by LoRA."
+        )
+
+
+def _asleep(layer: LoraLayer) -> str:
+    if layer.merged:
+        return "its factors are merged into the weight; call unmerge_adapter()"
+    return "its adapter is disabled; call enable_adapter_layers()"
 
 
 def _unsupported(
@@ -210,50 +241,6 @@ def _leaves(model: nn.Module) -> str:
     return ", ".join(sorted({n.rsplit(".", 1)[-1] for n in owners}))
 
 
-EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-"""Leaf names that PEFT turns into expert parameters in a mixture of experts."""
-ROUTED = {"experts", "router"}
-"""Parts of names inside which tokens are picked out of their samples, or choose experts."""
-
-
-def resolve_targets(
-    model: nn.Module, kind: str, target_modules: str | Sequence[str]
-) -> str | list[str]:
-    """`all-linear` as explicit names; anything else as it is, for PEFT to match.
-
-    All linear modules but the output embedding and a classification head. In a mixture of experts,
-    whose experts are stacked parameters or see tokens out of their samples, only what lies outside
-    them and their router.
-    """
-    if not isinstance(target_modules, str):
-        return list(target_modules)
-    if target_modules != "all-linear":
-        return target_modules
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    excluded = [n for n, m in model.named_modules() if output is not None and m is output]
-    if kind in (CLASSIFICATION, REGRESSION):
-        excluded += head_modules(model)
-    names = [n for n in linear_names(model) if not any(_within(n, e) for e in excluded)]
-    if any("experts" in n.split(".") for n, _ in model.named_parameters()):
-        names = [n for n in names if not ROUTED & set(n.split("."))]
-        names = [n for n in names if n.rsplit(".", 1)[-1] not in EXPERT_NAMES]
-    return names
-
-
-def _within(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear modules (nn.Linear and GPT-2's Conv1D)."""
-    return [n for n, m in model.named_modules() if is_linear(m)]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, its quantised kin and GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _shown(targets: str | Iterable[str] | None) -> str:
     if isinstance(targets, str):
         return targets
@@ -273,6 +260,7 @@ def temporary_adapter(
     A classification head gets a trainable copy (PEFT's modules_to_save); the original comes back
     bit-equal, as do `requires_grad` of every parameter and the training mode.
     """
+    refuse_other_adapters(model)
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     training = model.training
     config = LoraConfig(

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from tsqlora.errors import ModelError
+from tsqlora.errors import DataError, ModelError
 
 CLASSIFICATION, REGRESSION, SEQ2SEQ, CAUSAL_LM = (
     "classification",
@@ -36,9 +36,13 @@ def sample_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 
     The mean is per sample, never over the batch, so ℓ_i does not depend on its neighbours. A
     sample without any target token has loss 0.
+
+    Raises:
+        DataError: labels that are no class or token of the model's.
     """
     if kind == REGRESSION:
         return F.mse_loss(logits.float().reshape(len(labels)), labels.float(), reduction="none")
+    _require_classes(logits, labels)
     if kind == CLASSIFICATION:
         return F.cross_entropy(_at_least_float32(logits), labels, reduction="none")
     token_losses, counted = token_cross_entropy(kind, logits, labels)
@@ -78,8 +82,7 @@ def infer_kind(model: nn.Module) -> str:
     config = getattr(inner, "config", None)
     classes = {each.__name__ for each in type(inner).__mro__}
     if "SequenceClassification" in name:
-        regression = getattr(config, "problem_type", None) == "regression"
-        return REGRESSION if regression or getattr(config, "num_labels", 2) == 1 else CLASSIFICATION
+        return _classifier_kind(name, getattr(config, "problem_type", None), config)
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     seq2seq = classes & set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
     if encoder_decoder and (seq2seq or "ConditionalGeneration" in name):
@@ -91,6 +94,32 @@ def infer_kind(model: nn.Module) -> str:
         f"{name} is not a model for sequence classification, regression, seq2seq or causal "
         "language modelling: load it with the matching AutoModelFor... class."
     )
+
+
+def _classifier_kind(name: str, problem: str | None, config: object) -> str:
+    outputs = getattr(config, "num_labels", 2)
+    if problem == "multi_label_classification" or (problem == "regression" and outputs > 1):
+        raise ModelError(
+            f"{name} has {outputs} targets a sample (problem_type: {problem}), and only one is "
+            "supported: set problem_type to single_label_classification, or to regression with "
+            "num_labels=1, and give each row one label."
+        )
+    return REGRESSION if problem == "regression" or outputs == 1 else CLASSIFICATION
+
+
+def _require_classes(logits: Tensor, labels: Tensor) -> None:
+    """Labels name one of the last dimension's entries, or are -100."""
+    if labels.is_floating_point():
+        raise DataError(
+            "The labels are fractions where whole numbers are wanted, each the number of a class "
+            "or token: cast the column to integers, or load the model with num_labels=1."
+        )
+    named = labels[labels != IGNORED]
+    if len(named) and not 0 <= int(named.min()) <= int(named.max()) < logits.shape[-1]:
+        raise DataError(
+            f"Labels run from {int(named.min())} to {int(named.max())}, but the model knows 0 to "
+            f"{logits.shape[-1] - 1}: load it with the right num_labels, or mend the labels."
+        )
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

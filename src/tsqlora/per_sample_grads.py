@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tsqlora.batches import Batch, forward_losses, singly
+from tsqlora.batches import Batch, first, forward_losses, singly
 from tsqlora.errors import ModelError
 from tsqlora.experts import expert_factors
 from tsqlora.factors import Columns, Gradient, last_layers, scored_layers, sites
@@ -224,6 +224,8 @@ class PerSampleGradients:
         """
         self.lengths, self._reached = set(self._taps.lengths), False
         try:
+            if self.experts and self._samples != len(losses):
+                raise SharedInput(f"{len(losses)} samples came to the model as {self._samples}.")
             if losses.requires_grad:
                 self._taps.backward(losses)
         finally:
@@ -266,7 +268,7 @@ def separable(model: nn.Module, kind: str, batch: Batch) -> bool:
     """
     if len(batch["labels"]) <= 1:
         return True
-    few = {name: tensor[:PROBED] for name, tensor in batch.items()}
+    few = first(batch, PROBED)
     try:
         together = _gradients(model, kind, few)
     except SharedInput:

@@ -22,6 +22,7 @@ from tsqlora.batches import (
     evaluating,
     progress,
     require_samples,
+    unwrapped,
 )
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError, TrainingError
@@ -247,6 +248,7 @@ def score_samples(
         TrainingError: losses or gradients are not finite.
     """
     scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
+    model = unwrapped(model)
     require_samples(model, dataset, collator)
     with ExitStack() as stack:
         adapted = model

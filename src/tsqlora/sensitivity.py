@@ -29,6 +29,7 @@ from tsqlora.batches import (
     require_samples,
     singly,
     subset,
+    unwrapped,
 )
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.estimators import Direction, MeanGradient, fisher, weight_gradient
@@ -116,6 +117,7 @@ def layer_sensitivity(
     """
     if estimator not in (WEIGHT_GRADIENT, FISHER, HESSIAN):
         raise ConfigError(f"Unknown estimator {estimator!r}: weight_gradient, fisher or hessian.")
+    model = unwrapped(model)
     kind = infer_kind(model)
     require_samples(model, dataset, collator)
     rows = subset(dataset, max_samples, seed)

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from tsqlora import processes
 from tsqlora.adaptation import Adaptation, default_steps
 from tsqlora.config import RunConfig
-from tsqlora.lora_layers import PEFT_TASK_TYPES, resolve_targets
+from tsqlora.lora_layers import PEFT_TASK_TYPES
 from tsqlora.selection import draw_size
+from tsqlora.targets import resolve_targets
 from tsqlora.training import DEFAULTS, training_arguments, training_passes
 
 
