@@ -25,7 +25,7 @@ ORDER = [
     "global_batches", "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
     "memory", "measuring", "parts", "null", "scoring", "estimators", "sensitivity",
-    "rank_rules", "allocation", "optimizer_state", "adapter", "merging", "export",
+    "rank_rules", "allocation", "sharded", "optimizer_state", "adapter", "merging", "export",
     "pasting", "initial", "observing", "dynamic_rank", "callback",
     "run_folder", "training", "two_parts", "starting", "cost", "inputs", "preflight",
     "model_card", "finished", "baseline",

@@ -22,6 +22,7 @@ from tsqlora.allocation import RankPlan, pattern_key
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.lora_layers import LoraModule, lora_modules
 from tsqlora.optimizer_state import keep_state, state_of, zero_state
+from tsqlora.sharded import set_slices, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,7 +184,7 @@ def _cut(parameter: nn.Parameter, dimension: int, index: Tensor) -> None:
 
 def active(module: LoraModule) -> Tensor:
     """Which components are active (r): those whose row of A is not zero."""
-    return module.a.weight.detach().abs().amax(1) > 0
+    return whole(module.a.weight.detach()).abs().amax(1) > 0
 
 
 def active_ranks(model: nn.Module) -> dict[str, int]:
@@ -232,9 +233,9 @@ def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | 
     index = torch.as_tensor(list(components), device=module.a.weight.device, dtype=torch.long)
     with torch.no_grad():
         for parameter, dimension in _factors(module):
-            parameter.index_fill_(dimension, index, 0.0)
+            set_slices(parameter, dimension, index, 0.0)
             if parameter.grad is not None:
-                parameter.grad.index_fill_(dimension, index, 0.0)
+                set_slices(parameter.grad, dimension, index, 0.0)
     forget(module, index, optimizer)
 
 
@@ -260,7 +261,8 @@ def grow(
     with torch.no_grad():
         for component in components:
             row = torch.empty(weight.shape[1]).uniform_(-bound, bound, generator=generator)
-            weight[component] = row.to(weight)
+            index = torch.tensor([component], device=weight.device)
+            set_slices(weight, 0, index, row[None].to(weight.device))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -152,12 +152,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):  # the Trainer prints; stdout is for the result alone
             result = verb(arguments)
     except TsqloraError as error:
-        print(f"tsqlora: {error}", file=sys.stderr)
+        _say_once(str(error))
         return 2
     except KeyboardInterrupt as interrupt:
         remedy = " and --resume" if "resume" in arguments else ""
-        print(f"tsqlora: interrupted; go on with the same command{remedy}.", file=sys.stderr)
+        _say_once(f"interrupted; go on with the same command{remedy}.")
         return 143 if isinstance(interrupt, Terminated) else 130
+    except Exception:
+        if _speaks():
+            raise
+        return 1  # another process has failed, and this one for want of it
     if os.environ.get("RANK", "0") != "0":
         return 0  # of several processes (`accelerate launch`) the first speaks for all
     text = result.get("paste") or _readable(result)
@@ -165,11 +169,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _say_once(message: str) -> None:
+    """On stderr, by the first of several processes that has something to say."""
+    if _speaks():
+        print(f"tsqlora: {message}", file=sys.stderr)
+
+
+def _speaks() -> bool:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from tsqlora import processes
+
+    return processes.speaks()
+
+
 def _say_only_what_matters() -> None:
     """Our own account on stderr, errors of the libraries, and warnings where `-W` asks for them."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tsqlora").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
@@ -184,6 +203,10 @@ def _verb(verbs: Any, function: Callable[[argparse.Namespace], Result]) -> argpa
 
 
 def _run(arguments: argparse.Namespace) -> Any:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from tsqlora import processes
+
+        processes.join()  # so that one speaks for all
     config = RunConfig.from_yaml(arguments.config, arguments.set)
     from tsqlora.pipeline import Run
 

@@ -251,6 +251,7 @@ def _training_hints() -> dict[str, Any]:
         "per_device_train_batch_size": _Count,
         "per_device_eval_batch_size": _Count,
         "gradient_accumulation_steps": _Count,
+        "fsdp": bool | str | None,
     }
     return ranges | {
         each.name: hint if scalars.issuperset(get_args(hint) or (hint,)) else Any

@@ -1,5 +1,6 @@
 """What a run cost, stage by stage, in seconds and in sample passes, kept in `metrics.json`.
 
+Of several processes the passes are those of all together, the peak memory that of the largest.
 A pass is one sample through forward and backward; a forward alone counts ½, since the base is
 frozen and so backward costs about one forward.
 """
@@ -28,15 +29,15 @@ def counted(folder: RunFolder, stage: str, passes: float, before: float = 0.0) -
     """
     stages = _stages(folder)
     started = time.perf_counter()
-    done = 0.0
+    done, peak = 0.0, 0
     try:
         yield
-        done = passes
+        done, peak = passes, processes.largest(peak_memory())
     finally:
         if processes.is_main():
             seconds = before + time.perf_counter() - started
             stages[stage] = {"seconds": round(seconds, 3), "passes": done}
-            folder.update_metrics({"cost": _cost(folder, stages)})
+            folder.update_metrics({"cost": _cost(folder, stages, peak or peak_memory())})
 
 
 def record_parameters(folder: RunFolder, parameters: int) -> None:
@@ -45,7 +46,7 @@ def record_parameters(folder: RunFolder, parameters: int) -> None:
     folder.update_metrics({"cost": {**cost, "trainable_parameters": parameters}})
 
 
-def _cost(folder: RunFolder, stages: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _cost(folder: RunFolder, stages: dict[str, dict[str, float]], peak: int) -> dict[str, Any]:
     def total(key: str, of: bool) -> float:
         return round(sum(v[key] for stage, v in stages.items() if (stage == "training") == of), 3)
 
@@ -55,7 +56,7 @@ def _cost(folder: RunFolder, stages: dict[str, dict[str, float]]) -> dict[str, A
         "training_seconds": total("seconds", True),
         "scoring_passes": total("passes", False),
         "training_passes": total("passes", True),
-        "peak_memory_bytes": max(peak_memory(), old.get("peak_memory_bytes") or 0),
+        "peak_memory_bytes": max(peak, old.get("peak_memory_bytes") or 0),
         "trainable_parameters": old.get("trainable_parameters"),
         "stages": stages,
     }

@@ -222,7 +222,7 @@ class DynamicRank:
         return [f.get_parameter("weight") for m in self.modules for f in (m.a, m.b)]
 
     def _reallocate(self) -> Reallocation | None:
-        observed = self.observer.read()
+        observed = self._agreed(self.observer.read())
         self.observer.clear()
         if not observed.steps:
             logger.warning("No gradient before step %d was finite: ranks stay.", self.taken)
@@ -238,6 +238,18 @@ class DynamicRank:
         move = Reallocation(self.taken, ranks, pruned, grown)
         self.history.append(move)
         return move
+
+    def _agreed(self, own: Observed) -> Observed:
+        """Of several processes all decide by what the first has observed, which all must have."""
+        alive = {m.name: active(m).tolist() for m in self.modules}
+        (first, observed), *others = processes.gather((alive, own))
+        if any(mask != first or not observed.alike(other) for mask, other in others):
+            raise TrainingError(
+                f"The processes differ in ranks or gradients at step {self.taken}: train the model "
+                "under DistributedDataParallel or FSDP2, with the same seed and plan in all, and "
+                "call DynamicRank.step() after the last backward of the step."
+            )
+        return observed
 
     def _target(self, current: dict[str, int], demand: dict[str, float]) -> dict[str, int]:
         """The plan made again: weights √(planned rank · √demand share), caps the physical ranks."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tsqlora import processes
 from tsqlora.hooks import by_sample
 from tsqlora.lora_layers import LoraModule, base_weight
 
@@ -143,6 +144,11 @@ class MeanGradient:
             return
         for total, part in zip(self.parts, wide, strict=True):
             total += part
+
+    def unite(self) -> None:
+        """Take in what the other processes have added; the same in all of them."""
+        found = processes.gather([part.cpu() for part in self.parts])
+        self.parts = [torch.stack(parts).sum(0) for parts in zip(*filter(None, found), strict=True)]
 
     def singular_values(self, samples: int) -> list[float]:
         """The largest singular values of the mean over so many samples, in falling order."""

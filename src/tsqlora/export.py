@@ -18,10 +18,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tsqlora import processes
 from tsqlora.adapter import active, changes_base, set_patterns
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.lora_layers import LoraModule, adapted_layers, clone_config
 from tsqlora.merging import merged_model
+from tsqlora.sharded import is_sharded, whole
 from tsqlora.targets import is_linear
 
 FORMATS = ("compact", "padded", "merged")
@@ -59,7 +61,8 @@ def export_adapter(model: nn.Module, folder: str | Path, format: str = "compact"
     that only some of their kind lack: right in every loader, llama.cpp, TGI and SGLang among them,
     where `compact` is not. `merged`: the plain model, the adapter added to its weights and a
     quantised base dequantised. Where modules had different scales, B takes up the difference. The
-    model itself is left as it is.
+    model itself is left as it is. Where it lies in shards (FSDP2) all processes must call this; the
+    first writes.
 
     Raises:
         ConfigError: the format is unknown.
@@ -76,9 +79,16 @@ def export_adapter(model: nn.Module, folder: str | Path, format: str = "compact"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if format == "merged":
+        if is_sharded(model):
+            raise ModelError(
+                "A model in shards (FSDP) cannot be merged in place: export it as compact and "
+                "merge that, `tsqlora export RUN --format merged`."
+            )
         merged_model(model).save_pretrained(folder)
         return folder
     tensors, config = _packed(model, layers, padded=format == "padded")
+    if is_sharded(model) and not processes.is_main():
+        return folder  # all have gathered, one writes
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
     return folder
@@ -116,21 +126,22 @@ def _tensors(model: PeftModel, adapter: str, kept: dict[str, _Exported]) -> dict
     state = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, each in kept.items():
         state.update(each.tensors(name))
-    return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    return {name: whole(t.detach()).cpu().contiguous().clone() for name, t in state.items()}
 
 
 def _factors(lora: LoraModule, factor: float) -> _Exported:
     """The factors without components that are zero, B times `factor`."""
     layer, adapter = lora.layer, lora.adapter
     if adapter in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
+        a = whole(layer.lora_embedding_A[adapter].detach())
+        b = whole(layer.lora_embedding_B[adapter].detach())
         names = ("lora_embedding_A", "lora_embedding_B")
         return _Exported(a, b if factor == 1 else b * factor, names=names)
     mask = active(lora)
-    bias: Tensor | None = lora.b.bias
+    bias: Tensor | None = None if lora.b.bias is None else whole(lora.b.bias.detach())
     if bias is not None and not mask.any():
         mask[0] = True  # the bias has no home without it
-    a, b = lora.a.weight.detach()[mask], lora.b.weight.detach()[:, mask]
+    a, b = whole(lora.a.weight.detach())[mask], whole(lora.b.weight.detach())[:, mask]
     if factor != 1:
         b, bias = b * factor, None if bias is None else bias * factor
     return _Exported(a, b, bias)
@@ -145,7 +156,7 @@ def _lacking(
     """
     names = {layer.name for layer in layers}
     kinds = {_kind(name) for name in names}
-    like = next(model.parameters()).new_zeros(0, dtype=torch.float32)
+    like = torch.zeros(0)
     for name, module in model.get_base_model().named_modules():
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if name in names or _kind(name) not in kinds or not is_linear(base):

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
+from tsqlora import processes
 from tsqlora.adapter import load_adapter
 from tsqlora.artefacts import (
     atomic_folder,
+    atomic_write_json,
     atomic_write_text,
     os_errors,
     read_json,
@@ -27,6 +30,7 @@ from tsqlora.export import export_adapter
 from tsqlora.metrics import evaluate
 from tsqlora.model_card import model_card
 from tsqlora.run_folder import RunFolder
+from tsqlora.sharded import is_sharded
 from tsqlora.tasks import Task, make_task
 
 
@@ -89,6 +93,19 @@ class FinishedRun:
             if format != "merged":
                 atomic_write_text(folder / "README.md", model_card(self.config, self.task))
         return out
+
+
+def finish(config: RunConfig, folder: RunFolder, task: Task, model: PeftModel) -> None:
+    """Leave the trained adapter, and what `FinishedRun` needs beside it. In all processes."""
+    if processes.is_main():
+        atomic_write_json(folder.task, {"version": 1, **task.describe()})
+        with atomic_folder(folder.adapter) as made:
+            export_adapter(model, made)
+            task.save_tokenizers(made)
+            atomic_write_text(made / "README.md", model_card(config, task))
+    elif is_sharded(model):  # its shards are wanted
+        with TemporaryDirectory() as unused:
+            export_adapter(model, unused)
 
 
 def measure(config: RunConfig, task: Task, model: nn.Module, rows: Dataset) -> dict[str, float]:

@@ -15,9 +15,17 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
 
 from tsqlora import processes
+from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.losses import infer_kind, target_lengths
 
 SPARE = "tsqlora_spare"
@@ -68,12 +76,42 @@ class GlobalBatchTrainer(Trainer):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.add_callback(_LastStep())
         self.model_accepts_loss_kwargs = False  # no model divides by itself
         self.kind = infer_kind(self.model)
         self._targets = 1.0
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shards (FSDP2) on a CPU too where `fsdp` asks for it, and block by block.
+
+        Raises:
+            ConfigError: FSDP1 or ZeRO-3, whose parameters cannot be read and set in place.
+        """
+        if self.args.fsdp:
+            processes.shard_on_cpu()
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        if plugin.fsdp_version != 2:
+            raise ConfigError(
+                "training.fsdp: FSDP2 alone is supported; leave out `version`, or set it to 2 "
+                "(accelerate: fsdp_version: 2)."
+            )
+        if plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = _blocks(self.model)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches of this process."""
+        """The batches of this process.
+
+        Raises:
+            TrainingError: transformers takes this for another number of processes than there are.
+        """
+        if processes.count() != self.args.world_size:
+            raise TrainingError(
+                f"{processes.count()} processes were launched, but transformers trains in "
+                f"{self.args.world_size}: where there is no accelerator set use_cpu."
+            )
         if processes.count() == 1:
             return super().get_train_dataloader()
         sampler = self._get_train_sampler(self.train_dataset)
@@ -131,6 +169,29 @@ class GlobalBatchTrainer(Trainer):
         if SPARE in batch:
             return 0.0
         return float(target_lengths(self.kind, batch["labels"]).sum())
+
+
+class _LastStep(TrainerCallback):
+    """The last loss is logged whatever its number: what is not logged is of one process only."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for it."""
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The classes of a model's blocks, which are sharded one by one.
+
+    Not those around the input embeddings, as transformers counts BERT's: accelerate shards the
+    embeddings by themselves, and nothing can be sharded twice.
+    """
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    around = {type(m).__name__ for m in model.modules() if embeddings in m.modules()}
+    there = {type(m).__name__ for m in model.modules()} - around
+    return sorted(there & set(getattr(model, "_no_split_modules", None) or ()))
 
 
 class _Company:

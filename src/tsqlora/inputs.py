@@ -110,6 +110,10 @@ class Inputs:
             }
         )
 
+    def load(self) -> None:
+        """Read and encode all data."""
+        self.splits  # noqa: B018
+
     def _encode(self, name: str, rows: Dataset, where: str) -> Dataset:
         if name != "train" or self.folder is None:
             return self.task.encode(rows, where)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import LoraModule
+from tsqlora.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class Observed:
     steps: int
     importance: dict[str, Tensor]
     demand: dict[str, float]
+
+    def alike(self, other: Observed) -> bool:
+        """Whether another process saw the same, but for the rounding of unlike devices."""
+        one, two = (
+            torch.cat([*each.importance.values(), torch.tensor([*each.demand.values()])])
+            for each in (self, other)
+        )
+        near = 1e-3 * float(one.abs().max())
+        return self.steps == other.steps and torch.allclose(one, two, rtol=1e-3, atol=near)
 
 
 class Observer:
@@ -67,9 +77,9 @@ class Observer:
         """|⟨B_j, ∇B_j⟩|, ‖∇B_j‖² and ‖A_j‖² of all components, one after the other."""
         inner, squares, lengths = [], [], []
         for module in self.modules:
-            a, b = module.a.weight.detach().float(), module.b.weight.detach().float()
+            a, b = (whole(f.weight.detach()).float() for f in (module.a, module.b))
             gradient = module.b.weight.grad
-            gradient = torch.zeros_like(b) if gradient is None else gradient.float()
+            gradient = torch.zeros_like(b) if gradient is None else whole(gradient).float()
             inner.append((b * gradient).sum(0))
             squares.append(torch.linalg.vector_norm(gradient, dim=0))
             lengths.append(torch.linalg.vector_norm(a, dim=1))

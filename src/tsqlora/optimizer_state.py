@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tsqlora.errors import TrainingError
+from tsqlora.sharded import set_slices, whole
 
 _ROWS = {"row_var": "col_var", "exp_avg_sq_row": "exp_avg_sq_col"}
 _COLUMNS = {column: row for row, column in _ROWS.items()}
@@ -62,10 +63,11 @@ def zero_state(
     state = state_of(optimizer, parameter)
     for key, along in _slices(optimizer, parameter, dimension, state).items():
         value = state[key]
-        before = value.sum() if key in _OTHER else None
-        value.index_fill_(along, index, _zero_code(state, key) if _quantised(value) else 0)
+        before = whole(value).sum() if key in _OTHER else None
+        set_slices(value, along, index, _zero_code(state, key) if _quantised(value) else 0)
         if before is not None:
-            state[_OTHER[key]] *= torch.where(before > 0, value.sum() / before, 1)
+            share = torch.where(before > 0, whole(value).sum() / before, 1)
+            state[_OTHER[key]].mul_(float(share))
 
 
 def keep_state(

@@ -21,7 +21,6 @@ from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
     atomic_file,
     atomic_folder,
-    atomic_write_json,
     atomic_write_text,
     prepare_folder,
     read_json,
@@ -33,14 +32,12 @@ from tsqlora.config import RunConfig
 from tsqlora.cost import counted, record_parameters
 from tsqlora.dynamic_rank import Reallocation
 from tsqlora.export import export_adapter
-from tsqlora.finished import FinishedRun, measure
+from tsqlora.finished import FinishedRun, finish, measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
-from tsqlora.model_card import model_card
-from tsqlora.preflight import check_run
+from tsqlora.preflight import check_config, check_run
 from tsqlora.quality import QualityScores
-from tsqlora.quantized import Quantization
 from tsqlora.rank_rules import MARGINAL_GAIN
 from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
@@ -48,7 +45,12 @@ from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
-from tsqlora.starting import first_model, initial_adapter, planned_model, untrained_model
+from tsqlora.starting import (
+    first_model,
+    planned_model,
+    trained_parameters,
+    untrained_model,
+)
 from tsqlora.training import PoolTrainer, run_training
 from tsqlora.two_parts import first_steps, last_arguments
 
@@ -81,18 +83,16 @@ class Run:
     @classmethod
     def start(cls, config: RunConfig | str | Path, resume: bool = False) -> Run:
         """Check configuration, folder and every row of the data before anything long starts."""
-        if not isinstance(config, RunConfig):
-            config = RunConfig.from_yaml(config)
-        if (quantization := Quantization.of(config)) is not None:
-            quantization.check()
-        initial_adapter(config)
         processes.join()
-        with processes.main_first():
-            run = cls(config, RunFolder.create(config.output, config, resume))
+        wanted = config if isinstance(config, RunConfig) else RunConfig.from_yaml(config)
+        check_config(wanted)
+        folder = processes.from_main(lambda: RunFolder.create(wanted.output, wanted, resume))
+        folder.require_shared()
+        run = cls(wanted, folder)
         if not processes.is_main():
             logger.setLevel(logging.WARNING)
-        with processes.main_first():
-            run.inputs.splits  # noqa: B018
+        processes.from_main(lambda: run.inputs.load())
+        run.inputs.load()
         run.arguments  # noqa: B018  transformers checks the training section
         return run
 
@@ -106,23 +106,25 @@ class Run:
     def warm_model(self) -> PeftModel:
         """Stage 0: the model under a uniform adapter, briefly adapted, or as it was saved then."""
         model = first_model(self.config, self.inputs.base_model())
-        saved, inputs = self.folder.warmup / "state.safetensors", self.inputs.digest("adaptation")
+        saved = self.folder.warmup / "state.safetensors"
+        processes.from_main(lambda: self._adapted(model, saved))
+        load_trainable_state(model, load_file(saved))
+        return model.to(self.arguments.device)
+
+    def _adapted(self, model: PeftModel, saved: Path) -> None:
+        """See that `saved` is there."""
+        inputs = self.inputs.digest("adaptation")
         done = self.folder.is_done("adaptation", inputs, [saved])
         if done and (reason := why_broken(self.folder.warmup)):
             logger.warning("%s is made again: %s.", self.folder.warmup, reason)
             done = False
-        processes.wait()  # until all have looked
-        if not done and processes.is_main():
+        if not done:
             self._adapt(model, inputs)
             with atomic_folder(self.folder.warmup) as folder:
-                save_file(trainable_state(model), folder / "state.safetensors")
+                save_file(trainable_state(model), folder / saved.name)
                 seal(folder)
             self.folder.mark_done("adaptation", inputs)
-        if processes.is_main():
-            remove(self.folder.adapting)
-        processes.wait()
-        load_trainable_state(model, load_file(saved))
-        return model.to(self.arguments.device)
+        remove(self.folder.adapting)
 
     def _adapt(self, model: PeftModel, inputs: str) -> None:
         """In one process, whatever their number, so that all score under the same model."""
@@ -137,11 +139,10 @@ class Run:
 
     def score(self) -> QualityScores:
         """Stage 1: the quality of every sample."""
-        inputs = self.inputs.digest("scores")
-        if self.folder.is_done("scores", inputs, [self.folder.scores]):
+        if self._done("scores", self.folder.scores):
             logger.info("1/4 Quality scores: there already")
         else:
-            self._score(inputs)
+            self._score(self.inputs.digest("scores"))
         if processes.is_main():
             remove(self.folder.measured)
         return QualityScores.from_parquet(self.folder.scores)
@@ -157,21 +158,20 @@ class Run:
         with counted(self.folder, "scores", passes, self.scorer.seconds_before(measured)):
             self.scorer.measure(model, pool, reference, measured, inputs)
             processes.wait()
-            if processes.is_main():
-                scores = self.scorer.scores(model, pool, reference, measured)
-                with atomic_file(self.folder.scores) as file:
-                    scores.to_parquet(file)
-                self.folder.mark_done("scores", inputs)
-                effective = scores.effective_samples / len(scores.ids)
-                logger.info(
-                    "    %s; effective share of the pool %.0f %%", scores.verdict, 100 * effective
-                )
-        processes.wait()
+            processes.from_main(lambda: self._save_scores(model, inputs))
+
+    def _save_scores(self, model: PeftModel, inputs: str) -> None:
+        pool, reference = self.inputs.splits.train, self.inputs.splits.reference
+        scores = self.scorer.scores(model, pool, reference, self.folder.measured)
+        with atomic_file(self.folder.scores) as file:
+            scores.to_parquet(file)
+        self.folder.mark_done("scores", inputs)
+        effective = scores.effective_samples / len(scores.ids)
+        logger.info("    %s; effective share of the pool %.0f %%", scores.verdict, 100 * effective)
 
     def sensitivity(self) -> LayerSensitivity:
         """Stage 2: the sensitivity of every layer on the selected samples."""
-        inputs = self.inputs.digest("sensitivity")
-        if self.folder.is_done("sensitivity", inputs, [self.folder.sensitivity]):
+        if self._done("sensitivity", self.folder.sensitivity):
             logger.info("2/4 Layer sensitivity: there already")
             return LayerSensitivity.load(self.folder.sensitivity)
         scores = self.score()
@@ -188,21 +188,23 @@ class Run:
                 batch_size=self.scorer.batch_size,
                 seed=self.config.seed,
                 spectrum=ranks.max_rank if ranks.rule == MARGINAL_GAIN else 0,
+                together=True,
             )
-        sensitivity.save(self.folder.sensitivity)
-        self.folder.mark_done("sensitivity", inputs)
+        if processes.is_main():
+            sensitivity.save(self.folder.sensitivity)
+            self.folder.mark_done("sensitivity", self.inputs.digest("sensitivity"))
         return sensitivity
 
     def plan(self) -> RankPlan:
         """Stage 3: the rank of every module."""
-        sensitivity, inputs, ranks = (
-            self.sensitivity(),
-            self.inputs.digest("plan"),
-            self.config.ranks,
-        )
-        if self.folder.is_done("plan", inputs, [self.folder.plan]):
+        sensitivity = self.sensitivity()
+        if self._done("plan", self.folder.plan):
             logger.info("3/4 Rank plan: there already")
             return RankPlan.load(self.folder.plan)
+        return processes.from_main(lambda: self._allocate(sensitivity))
+
+    def _allocate(self, sensitivity: LayerSensitivity) -> RankPlan:
+        ranks = self.config.ranks
         plan = allocate_ranks(
             sensitivity,
             mean_rank=ranks.mean_rank,
@@ -213,7 +215,7 @@ class Run:
             rule=ranks.rule,
         )
         plan.save(self.folder.plan)
-        self.folder.mark_done("plan", inputs)
+        self.folder.mark_done("plan", self.inputs.digest("plan"))
         low, high, used = min(plan.ranks.values()), max(plan.ranks.values()), plan.parameters
         modules, budget = len(plan.ranks), plan.budget
         logger.info(f"3/4 Rank plan: {modules} modules, ranks {low} to {high}, {used} of {budget}")
@@ -228,16 +230,13 @@ class Run:
             self.inputs.together = processes.count()
             for made in ("first", "scorer", "warm_model"):
                 self.__dict__.pop(made, None)
-        inputs = self.inputs.digest("training")
-        if self.folder.is_done("training", inputs, [self.folder.adapter]):
+        if self._done("training", self.folder.adapter):
             logger.info("4/4 Training: there already")
             return
         scores, plan = self.score(), self.plan()
         sampler = self._sampler(scores)
         model = self._planned_model(plan)
-        with processes.main_first():
-            prepare_folder(self.folder.training, inputs)
-            checkpoint = last_checkpoint(self.folder.training)
+        checkpoint = processes.from_main(self._checkpoint)
         dynamic = DynamicRankCallback(
             plan,
             seed=self.config.seed,
@@ -257,14 +256,18 @@ class Run:
         logger.info(f"4/4 Training: {len(sampler)} samples an epoch")
         with counted(self.folder, "training", trainer.passes(), seconds_before(checkpoint)):
             run_training(trainer, checkpoint)
-        log = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
-        atomic_write_text(self.folder.train_log, "".join(json.dumps(line) + "\n" for line in log))
-        record_parameters(self.folder, trained_parameters(model, plan))
-        self._export(model)
-        self.folder.mark_done("training", inputs)
+        if processes.is_main():
+            self._save_log(trainer.state.log_history)
+            record_parameters(self.folder, trained_parameters(model, plan))
+        finish(self.config, self.folder, self.inputs.task, model)
+        if processes.is_main():
+            self.folder.mark_done("training", self.inputs.digest("training"))
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the adapter on what splits there are, the untouched model's beside them."""
+        return processes.from_main(self._evaluate)
+
+    def _evaluate(self) -> dict[str, Any]:
         finished, inputs = self.finished, self.inputs.digest("evaluation")
         if not self.folder.is_done("evaluation", inputs, [self.folder.metrics]):
             sections, task, splits = {}, self.inputs.task, self.inputs.splits.measured
@@ -277,7 +280,7 @@ class Run:
 
     def report(self) -> Path:
         """`report.html`, from the folder alone."""
-        return write_report(self.folder.path)
+        return processes.from_main(lambda: write_report(self.folder.path))
 
     @property
     def finished(self) -> FinishedRun:
@@ -305,6 +308,16 @@ class Run:
             self.config.seed,
         )
 
+    def _done(self, stage: str, output: Path) -> bool:
+        """What the main process finds, before it can write anything new."""
+        return processes.from_main(
+            lambda: self.folder.is_done(stage, self.inputs.digest(stage), [output])
+        )
+
+    def _checkpoint(self) -> Path | None:
+        prepare_folder(self.folder.training, self.inputs.digest("training"))
+        return last_checkpoint(self.folder.training)
+
     def _planned_model(self, plan: RankPlan) -> PeftModel:
         self.warm_model  # noqa: B018  its state is there, whichever stages were skipped
         self.__dict__.pop("warm_model", None)  # its memory is wanted
@@ -314,6 +327,9 @@ class Run:
     def save_untrained(self) -> Path:
         """The plan as an adapter with B = 0, for trainers that have no key for ranks by module."""
         plan = self.plan()
+        return processes.from_main(lambda: self._save_untrained(plan))
+
+    def _save_untrained(self, plan: RankPlan) -> Path:
         with atomic_folder(self.folder.untrained) as folder:
             export_adapter(untrained_model(self.config, self.inputs.base_model(), plan), folder)
         return self.folder.untrained
@@ -323,22 +339,11 @@ class Run:
             scores = replace(scores, probability=scores.selected / scores.selected.sum())
         return QualitySampler(scores, self.config.quality.fraction, self.config.seed)
 
-    def _export(self, model: PeftModel) -> None:
-        task = self.inputs.task
-        atomic_write_json(self.folder.task, {"version": 1, **task.describe()})
-        with atomic_folder(self.folder.adapter) as folder:
-            export_adapter(model, folder)
-            task.save_tokenizers(folder)
-            atomic_write_text(folder / "README.md", model_card(self.config, task))
-
     def _save_moves(self, moves: Sequence[Reallocation]) -> None:
-        lines = [json.dumps(move.to_dict()) + "\n" for move in moves]
-        atomic_write_text(self.folder.ranks, "".join(lines))
+        if processes.is_main():
+            lines = [json.dumps(move.to_dict()) + "\n" for move in moves]
+            atomic_write_text(self.folder.ranks, "".join(lines))
 
-
-def trained_parameters(model: PeftModel, plan: RankPlan) -> int:
-    """The plan's parameters and those of modules_to_save; headroom, always zero, is not counted."""
-    others = (
-        p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
-    )
-    return plan.parameters + sum(others)
+    def _save_log(self, log: Sequence[dict[str, Any]]) -> None:
+        lines = [json.dumps(line) + "\n" for line in log if {"loss", "eval_loss"} & line.keys()]
+        atomic_write_text(self.folder.train_log, "".join(lines))

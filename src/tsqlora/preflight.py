@@ -8,13 +8,30 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import Trainer
 
+from tsqlora import processes
 from tsqlora.allocation import check_ranks
 from tsqlora.config import RunConfig
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.inputs import Splits
 from tsqlora.lora_layers import lora_modules
+from tsqlora.quantized import Quantization
 from tsqlora.selection import draw_size
+from tsqlora.starting import initial_adapter
 from tsqlora.training import training_arguments
+
+
+def check_config(config: RunConfig) -> None:
+    """Check what needs neither data nor model.
+
+    Raises:
+        ConfigError: what is asked for cannot be had here.
+        ModelError: the adapter to go on from cannot be read.
+    """
+    if (quantization := Quantization.of(config)) is not None:
+        quantization.check()
+    initial_adapter(config)
+    if processes.count() > 1 and config.ranks.compact:
+        raise ConfigError("ranks.compact is for a single process: leave it out.")
 
 
 def check_run(config: RunConfig, model: PeftModel, splits: Splits) -> None:

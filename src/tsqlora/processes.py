@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed import distributed_c10d
 
 from tsqlora.errors import TsqloraError
@@ -21,14 +22,17 @@ T = TypeVar("T")
 logger = logging.getLogger("tsqlora")
 _alone = False
 
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-"""What a launcher tells each process of itself."""
+_LAUNCHED = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"),
+)
+"""What a launcher tells each process of itself, and of how they work together."""
 PATIENCE = timedelta(days=30)
 """How long processes wait for each other: one may adapt the model while the others do nothing."""
 
 
 def join() -> None:
-    """Meet the other processes of this launch, over gloo where there is no accelerator."""
+    """Meet the other processes of this launch: over gloo on CPUs, over NCCL on CUDA."""
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= set(os.environ) and (
         "WORLD_SIZE" not in os.environ
     ):
@@ -36,7 +40,11 @@ def join() -> None:
             "accelerate has started one process, as it does where it finds no two GPUs: for more "
             "of them on a CPU add --multi_gpu to `accelerate launch`."
         )
+    # each process scores under the whole model, so each must load it
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
@@ -117,27 +125,28 @@ def speaks() -> bool:
         return False
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate shard a model (FSDP2) where there is no accelerator, as torch can.
+
+    accelerate would take no notice of the wish, and train by DistributedDataParallel.
+    """
+    shared = PartialState._shared_state
+    if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+        shared["distributed_type"] = DistributedType.MULTI_GPU
+        AcceleratorState._reset_state()
+
+
 def _device() -> torch.device:
     """Where tensors have to be to be exchanged."""
-    gloo = "gloo" in dist.get_backend()
-    return torch.device("cpu") if gloo else PartialState().device
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """The main process goes through the block before the others do."""
-    if not is_main():
-        wait()
-    yield
-    if is_main():
-        wait()
+    over = dist.get_backend_config()
+    return torch.device("cpu") if "gloo" in over else PartialState().device
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, this process looks as if it had been launched singly, to the Trainer above all."""
     hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
-    if not hidden:  # it is alone, and arguments made before hold accelerate's state
+    if "WORLD_SIZE" not in hidden:  # it is alone, and arguments made before hold accelerate's state
         yield
         return
     global _alone
@@ -147,5 +156,7 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = False
+        for name in _LAUNCHED:
+            os.environ.pop(name, None)
         os.environ.update(hidden)
         AcceleratorState._reset_state(reset_partial_state=True)

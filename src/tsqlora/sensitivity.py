@@ -19,13 +19,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from tsqlora import processes
 from tsqlora.artefacts import atomic_write_json
 from tsqlora.batches import (
     Batch,
     Collator,
-    batches,
+    Pool,
     evaluating,
     forward_losses,
+    progress,
     require_samples,
     singly,
     subset,
@@ -96,6 +98,7 @@ def layer_sensitivity(
     batch_size: int = 32,
     seed: int = 0,
     spectrum: int = 0,
+    together: bool = False,
 ) -> LayerSensitivity:
     """S_m for every target module, the mean over samples of `dataset` (TsqLoRA §3).
 
@@ -106,6 +109,9 @@ def layer_sensitivity(
 
     `spectrum`: how many singular values of each module's mean gradient to take in the same pass
     (0: none), which the rule `marginal_gain` of `allocate_ranks` needs.
+
+    `together`: all processes of this launch call it at once, each measures a share of the batches,
+    and all get the result that one of them alone would get.
 
     A model without adapters gets temporary ones (B = 0, so its function is unchanged), removed
     after. At most `max_samples` seeded rows are used. W is the frozen weight; dropout is off.
@@ -126,16 +132,33 @@ def layer_sensitivity(
             stack.enter_context(temporary_adapter(model, kind, 1, target_modules=target_modules))
         stack.enter_context(evaluating(model))
         meter = Meter(model, kind, estimator, seed, spectrum)
-        for positions, batch in batches(model, rows, collator, batch_size, "layer sensitivity"):
-            meter.add(batch, positions)
+        pool = Pool(model, rows, collator, batch_size)
+        _, batch = next(pool.take(pool.plan[0]))
+        meter.single = not separable(model, kind, batch)
+        share = (processes.index(), processes.count()) if together else (0, 1)
+        for number, positions, batch in _batches(pool, *share):
+            meter.add(batch, positions, number)
+        if together:
+            meter.unite()
         return meter.result(len(rows))
+
+
+def _batches(pool: Pool, first: int, every: int) -> Iterator[tuple[int, np.ndarray, Batch]]:
+    """(number, positions, batch) of every so many-th batch from the first on."""
+    mine = list(range(first, len(pool.plan), every))
+    ahead = np.concatenate([np.zeros(0, dtype=np.int64), *(pool.plan[n] for n in mine)])
+    with progress(pool.tokens, ahead, "layer sensitivity", hidden=first > 0) as passed:
+        for number in mine:
+            for positions, batch in pool.take(pool.plan[number]):
+                yield number, positions, batch
+            passed(pool.plan[number])
 
 
 class Meter:
     """Adds up S_m of every module, batch by batch.
 
     Attributes:
-        totals: Σ_i of each module's share so far, in float64.
+        totals: by the number of the batch, Σ_i over it of each module's share, in float64.
         sketches: of the mean gradients, where they are wanted.
     """
 
@@ -144,7 +167,7 @@ class Meter:
     ) -> None:
         self.model, self.kind, self.estimator, self.seed = model, kind, estimator, seed
         self.modules = {module.name: module for module in lora_modules(model)}
-        self.totals = dict.fromkeys(self.modules, 0.0)
+        self.totals: dict[int, dict[str, float]] = {}
         self.sketches = {
             name: MeanGradient(module, spectrum, seed)
             for name, module in self.modules.items()
@@ -160,11 +183,12 @@ class Meter:
         self._direction: Direction | None = None
         self._sign = 0.0
 
-    def add(self, batch: Batch, positions: np.ndarray) -> None:
-        """Add one batch, one sample at a time where a layer mixes samples.
+    def add(self, batch: Batch, positions: np.ndarray, number: int = 0) -> None:
+        """Add a batch, or a piece of it, one sample at a time where a layer mixes samples.
 
-        `positions` (N) are the samples' rows in the data set.
+        `positions` (N) are the samples' rows in the data set, `number` the batch's.
         """
+        self._batch = self.totals.setdefault(number, dict.fromkeys(self.modules, 0.0))
         if self.single is None:
             self.single = not separable(self.model, self.kind, batch)
         if not self.single:
@@ -177,9 +201,19 @@ class Meter:
             self._measure(sample, positions[i : i + 1])
         self._sketched = frozenset()
 
+    def unite(self) -> None:
+        """Take in what the other processes have added; the same in all of them."""
+        self.totals = {k: v for part in processes.gather(self.totals) for k, v in part.items()}
+        for sketch in self.sketches.values():
+            sketch.unite()
+
     def result(self, samples: int) -> LayerSensitivity:
         """The means over `samples`."""
-        means = {name: abs(total) / max(samples, 1) for name, total in self.totals.items()}
+        totals = {
+            name: sum(self.totals[number][name] for number in sorted(self.totals))
+            for name in self.modules
+        }
+        means = {name: abs(total) / max(samples, 1) for name, total in totals.items()}
         shapes = {name: module.shape for name, module in self.modules.items()}
         spectrum = {n: sketch.singular_values(samples) for n, sketch in self.sketches.items()}
         return LayerSensitivity(self.estimator, means, shapes, spectrum)
@@ -193,7 +227,7 @@ class Meter:
         if self._found:  # one wait for the device a batch
             values = torch.stack(list(self._found.values())).cpu().double().tolist()
             for name, value in zip(self._found, values, strict=True):
-                self.totals[name] += value
+                self._batch[name] += value
 
     def _backward(self, batch: Batch) -> None:
         with frozen(self.model.parameters()), self._taps, torch.enable_grad():

@@ -72,3 +72,11 @@ def _square(a: Tensor, b: Tensor) -> float:
     """‖BA‖² from the small products."""
     a, b = a.detach().float(), b.detach().float()
     return float(((b.T @ b) * (a @ a.T)).sum())
+
+
+def trained_parameters(model: PeftModel, plan: RankPlan) -> int:
+    """The plan's parameters and those of modules_to_save; headroom, always zero, is not counted."""
+    others = (
+        p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
+    )
+    return plan.parameters + sum(others)

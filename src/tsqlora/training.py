@@ -80,6 +80,8 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
         ConfigError: transformers refuses a value, or one would be without effect.
     """
     merged = {**DEFAULTS, **settings}
+    if processes.count() > 1 and not torch.accelerator.is_available():
+        merged["use_cpu"] = True  # without which transformers sees one process
     try:
         arguments = TrainingArguments(
             output_dir=str(output),

@@ -1,0 +1,260 @@
+"""The whole way in two processes: DistributedDataParallel and FSDP2, interrupted, resumed, failing.
+
+One launch does it all, as a process takes several seconds to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from runs import classification_run
+from tsqlora import QualityScores
+from tsqlora.artefacts import read_json
+from tsqlora.dynamic_rank import DynamicRank
+from tsqlora.global_batches import SPARE, GlobalBatchTrainer
+from tsqlora.pipeline import Run
+from tsqlora.training import PoolTrainer
+
+SAMPLES, BATCH = 98, 8
+"""49 samples an epoch: the last step has a sample for one of two processes only."""
+KINDS = ("ddp", "fsdp")
+
+SCRIPT = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from test_parallel import noting
+from torch.distributed.distributed_c10d import _get_default_store
+from tsqlora import cli, processes
+from tsqlora.errors import TrainingError
+from tsqlora.global_batches import GlobalBatchTrainer
+from tsqlora.pipeline import Run
+
+home = Path(sys.argv[1])
+
+def note(name, what):
+    (home / f"{name}-{processes.index()}.json").write_text(json.dumps(what))
+
+def train(config, resume=False):
+    with noting() as noted:
+        run = Run.start(config, resume)
+        run.train()
+        run.evaluate()
+    return noted
+
+def again(kind):
+    whole, copy = home / kind, home / f"{kind}-again"
+    if processes.is_main():
+        shutil.copytree(whole, copy)
+        shutil.rmtree(copy / "checkpoints" / "train")
+        shutil.rmtree(copy / "adapter")
+    processes.wait()
+
+class Interrupted(GlobalBatchTrainer):
+    pass
+
+for kind in ("ddp", "fsdp"):
+    note(kind, train(home / f"{kind}.yaml"))
+    again(kind)
+    step = GlobalBatchTrainer.training_step
+    def interrupting(self, *inputs):
+        if self.state.global_step == 4 and processes.index() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *inputs)
+    GlobalBatchTrainer.training_step = interrupting
+    config = home / f"{kind}-again.yaml"
+    try:
+        train(config)
+        stopped = None
+    except KeyboardInterrupt:
+        stopped = sorted(p.name for p in (home / f"{kind}-again/checkpoints/train").glob("check*"))
+    GlobalBatchTrainer.training_step = step
+    processes.wait()
+    note(f"{kind}-stopped", stopped)
+    note(f"{kind}-again", train(config, resume=True))
+
+note("mistake", cli.main(["train", str(home / "mistake.yaml")]))
+processes.wait()
+_get_default_store().set("tsqlora/failed", "0")
+
+def failing(self, *inputs):
+    if self.state.global_step == 2 and processes.index() == 1:
+        raise TrainingError("only the second process knows")
+    return step(self, *inputs)
+GlobalBatchTrainer.training_step = failing
+raise SystemExit(cli.main(["train", str(home / "failing.yaml")]))
+"""
+
+
+class noting:
+    """Inside, the tokens of each step and the ranks that move are noted."""
+
+    def __enter__(self) -> dict[str, list[Any]]:
+        self.kept = (GlobalBatchTrainer.get_batch_samples, DynamicRank.step)
+        taken, moved = self.kept
+        noted: dict[str, list[Any]] = {"ids": [], "ranks": []}
+
+        def get_batch_samples(trainer: Any, *inputs: Any) -> Any:
+            batches, count = taken(trainer, *inputs)
+            if isinstance(trainer, PoolTrainer):  # not the adaptation, which one process does
+                own = [batch["input_ids"] for batch in batches if SPARE not in batch]
+                noted["ids"].append([row.tolist() for ids in own for row in ids])
+            return batches, count
+
+        def step(ranks: DynamicRank) -> Any:
+            found = moved(ranks)
+            noted["ranks"].append(found.ranks if found else None)
+            return found
+
+        GlobalBatchTrainer.get_batch_samples = get_batch_samples  # type: ignore[assignment,method-assign]
+        DynamicRank.step = step  # type: ignore[method-assign]
+        return noted
+
+    def __exit__(self, *_: object) -> None:
+        GlobalBatchTrainer.get_batch_samples, DynamicRank.step = self.kept  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What two processes left, and one beside it."""
+
+    home: Path
+    one: Run
+    alone: dict[str, list[Any]]
+    status: int
+    said: str
+
+    def note(self, name: str, process: int) -> Any:
+        left = self.home / f"{name}-{process}.json"
+        assert left.exists(), self.said[-5000:]
+        return json.loads(left.read_text())
+
+    def run(self, kind: str) -> Run:
+        return Run.open(self.home / kind)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    home = tmp_path_factory.mktemp("parallel")
+
+    def config(name: str, output: str, **changes: Any) -> Path:
+        written = classification_run(
+            home, SAMPLES, **{"output": str(home / output), "training.save_steps": 3, **changes}
+        )
+        return written.rename(home / f"{name}.yaml")
+
+    half = {"training.per_device_train_batch_size": BATCH // 2}
+    one = config("one", "one")
+    for kind, more in zip(KINDS, ({}, {"training.fsdp": True}), strict=True):
+        for again in ("", "-again"):
+            config(kind + again, kind + again, **half, **more)
+    config("failing", "failing", **half)
+    config("mistake", "mistake", **{"data.text": "no such column"})
+    settings = home / "model" / "config.json"
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **dropout}))
+    with noting() as alone:
+        run = Run.start(one)
+        run.train()
+        run.evaluate()
+    (home / "main.py").write_text(SCRIPT)
+    here = str(Path(__file__).parent)
+    paths = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+            *(str(home / "main.py"), str(home)),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )
+    return Launch(home, run, alone, done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_take_what_one_takes_in_the_same_steps(launch: Launch, kind: str) -> None:
+    first, second = (launch.note(kind, process)["ids"] for process in (0, 1))
+    assert len(first) == len(second) == len(launch.alone["ids"])
+    for one, other, alone in zip(first, second, launch.alone["ids"], strict=True):
+        assert as_texts(one + other) == as_texts(alone)
+    assert any(not one for one in first)  # a process without a sample
+
+
+def as_texts(batch: list[list[int]]) -> list[list[int]]:
+    return [[token for token in row if token] for row in batch]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_plan_ranks_and_loss_are_those_of_one_process(launch: Launch, kind: str) -> None:
+    one, two = launch.one.folder, launch.run(kind).folder
+    alone, together = (QualityScores.from_parquet(f.scores) for f in (one, two))
+    for name in ("loss", "gradient_norm", "loss_reduction", "convergence"):
+        terms = (getattr(scores, name) for scores in (together, alone))
+        np.testing.assert_allclose(*terms, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(together.selected, alone.selected)
+    for name, value in read_json(one.sensitivity)["modules"].items():
+        assert read_json(two.sensitivity)["modules"][name] == pytest.approx(value, rel=1e-6)
+    assert two.plan.read_bytes() == one.plan.read_bytes()
+    assert two.ranks.read_bytes() == one.ranks.read_bytes()
+    for process in (0, 1):
+        assert launch.note(kind, process)["ranks"] == launch.alone["ranks"]
+    assert any(launch.alone["ranks"])
+    log, reference = (f.train_log.read_text().splitlines() for f in (two, one))
+    assert [json.loads(line)["step"] for line in log] == [10, 14]
+    for line, expected in zip(log, reference, strict=True):
+        for key, value in json.loads(expected).items():
+            assert json.loads(line)[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_is_whole_and_that_of_one_process(launch: Launch, kind: str) -> None:
+    name = "adapter_model.safetensors"
+    one, two = (
+        load_file(folder.adapter / name) for folder in (launch.one.folder, launch.run(kind).folder)
+    )
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in two.items()}
+    for key, tensor in one.items():
+        np.testing.assert_allclose(two[key], tensor, rtol=0, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cost_is_counted_once(launch: Launch, kind: str) -> None:
+    alone, together = (
+        read_json(f.metrics)["cost"] for f in (launch.one.folder, launch.run(kind).folder)
+    )
+    for key in ("scoring_passes", "training_passes", "trainable_parameters"):
+        assert together[key] == alone[key]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_to_one_stops_all_and_they_go_on_to_the_same_bytes(
+    launch: Launch, kind: str
+) -> None:
+    stopped = [launch.note(f"{kind}-stopped", process) for process in (0, 1)]
+    assert stopped[0] == stopped[1] == ["checkpoint-5"]
+    whole, again = (launch.run(name).folder.adapter for name in (kind, f"{kind}-again"))
+    name = "adapter_model.safetensors"
+    assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_is_wrong_is_said_once(launch: Launch) -> None:
+    assert [launch.note("mistake", process) for process in (0, 1)] == [2, 2]
+    assert launch.status != 0
+    said = [line for line in launch.said.splitlines() if line.startswith("tsqlora: ")]
+    assert len(said) == 2, launch.said[-3000:]
+    assert "no such column" in said[0]
+    assert said[-1] == "tsqlora: only the second process knows"
+    assert "Traceback" not in launch.said.split(said[-1])[0]
