@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from tsqlora.artefacts import atomic_file, atomic_write_text
+from tsqlora.mapped import mapped_table, release
 
 _LISTS = {
     "input_ids": pa.int32(),
@@ -52,8 +53,9 @@ def on_disk(tables: Iterator[pa.Table], file: Path, inputs: str) -> Dataset:
                 writer.write_table(first)
                 for table in tables:
                     writer.write_table(table)
+                    release()  # the rows that were read
         atomic_write_text(note, _note(file, inputs))
-    return Dataset.from_file(str(file))
+    return Dataset(mapped_table(file))
 
 
 def _note(file: Path, inputs: str) -> str:

@@ -211,9 +211,9 @@ class Meter:
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
-    """On the CPU, floats in single precision."""
+    """On the CPU, in 32 bits."""
     result = tensor.detach().cpu()
-    return result.float().numpy() if result.is_floating_point() else result.numpy()
+    return (result.float() if result.is_floating_point() else result.int()).numpy()
 
 
 def _unit(direction: Direction, model: nn.Module) -> dict[str, Tensor]:

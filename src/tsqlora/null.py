@@ -16,6 +16,7 @@ from tsqlora.parts import Parts
 
 NULL_SAMPLES = 500
 """Mismatched pairs that make the null where it takes passes of its own (generation)."""
+ROWS_AT_ONCE = 65_536
 FREE = (CLASSIFICATION, REGRESSION)
 """Kinds whose null takes no pass."""
 
@@ -27,14 +28,15 @@ def null_of_outputs(parts: Parts, kind: str, seed: int) -> Null:
     """Of a class or number: each sample's stored output against another one's target."""
     labels = parts.column("label")
     partners = others(labels, np.random.default_rng(seed))
-    losses = np.full(len(labels), np.nan)
+    losses = np.full(len(labels), np.nan, dtype=np.float32)
     for positions, outputs in parts.blocks("output"):
         wrong = torch.from_numpy(labels[partners[positions]])
         wrong = wrong.long() if kind == CLASSIFICATION else wrong.float()
         losses[positions] = as_numpy(sample_losses(kind, torch.tensor(outputs), wrong))
-    real = labels[partners] != labels
-    group = labels[partners][real].astype(np.int64)
-    return losses[real], group if kind == CLASSIFICATION else np.zeros_like(group)
+    wrong_labels = labels[partners]
+    real = wrong_labels != labels
+    group = wrong_labels[real] if kind == CLASSIFICATION else np.zeros(real.sum())
+    return losses[real], group.astype(np.int32)
 
 
 def null_of_pairs(
@@ -50,20 +52,19 @@ def null_of_pairs(
                 for positions, batch in pool.take(planned):
                     found = halving(lambda piece: forward_losses(model, kind, piece), batch)
                     losses[positions] = np.concatenate([as_numpy(each) for each in found])
-    return losses, np.zeros(len(losses), dtype=np.int64)
+    return losses, np.zeros(len(losses), dtype=np.int32)
 
 
 def others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """For each of N samples another one, drawn among those of another label; itself if none is."""
     order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    first, last = (
-        np.searchsorted(ordered, labels, "left"),
-        np.searchsorted(ordered, labels, "right"),
-    )
-    different = len(labels) - (last - first)
-    place = (random.random(len(labels)) * different).astype(np.int64)
-    place += np.where(place >= first, last - first, 0)
-    return np.where(
-        different > 0, order[np.minimum(place, len(labels) - 1)], np.arange(len(labels))
-    )
+    ordered, result = labels[order], np.arange(len(labels))
+    for start in range(0, len(labels), ROWS_AT_ONCE):  # as many arrays of N would fill the memory
+        own = labels[start : start + ROWS_AT_ONCE]
+        first, last = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
+        different = len(labels) - (last - first)
+        place = (random.random(len(own)) * different).astype(np.int64)
+        place += np.where(place >= first, last - first, 0)
+        found = order[np.minimum(place, len(labels) - 1)]
+        result[start : start + len(own)][different > 0] = found[different > 0]
+    return result

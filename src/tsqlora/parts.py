@@ -92,12 +92,13 @@ class Parts:
         return pq.read_schema(self._files()[0]).names
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers (N) in the order of the samples.
+        """A column of numbers (N) in the order of the samples, in as many bits as they have.
 
         Raises:
             RunError: a sample is missing.
         """
-        result = np.zeros(self.samples)
+        kind = pq.read_schema(self._files()[0]).field(name).type.to_pandas_dtype()
+        result = np.zeros(self.samples, dtype=kind)
         seen = np.zeros(self.samples, dtype=bool)
         for positions, values in self.blocks(name):
             result[positions], seen[positions] = values, True

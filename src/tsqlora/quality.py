@@ -6,6 +6,7 @@ factors, sketched to a few hundred numbers; θ the factors; η or ρ a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -37,6 +38,8 @@ Ints = NDArray[np.integer]
 
 CLIP = 3.0
 """Robust z-scores beyond this count as this."""
+ROWS = 65_536
+"""Rows of a group in `scores.parquet`, which is written and can be read a group at a time."""
 UNIFORM_SHARE = 0.1
 """Share of the draw that ignores the quality score (never the credibility)."""
 
@@ -103,7 +106,7 @@ class QualityScores:
         table = pa.table(columns).replace_schema_metadata(
             {"wrong_share": repr(float(self.wrong_share)), "verdict": self.verdict}
         )
-        pq.write_table(table, path)
+        pq.write_table(table, path, row_group_size=ROWS)
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> QualityScores:
@@ -113,13 +116,15 @@ class QualityScores:
             RunError: the file is missing or lacks a column.
         """
         try:
-            table = pq.read_table(path)
-            arrays = {name: table[_column(name)].to_numpy() for name in _COLUMNS}
+            arrays = {
+                name: pq.read_table(path, columns=[_column(name)])[0].to_numpy()
+                for name in _COLUMNS
+            }
+            notes = pq.read_schema(path).metadata or {}
         except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(
                 f"{path} holds no quality scores ({error}): run `tsqlora score`."
             ) from error
-        notes = table.schema.metadata or {}
         return cls(
             **arrays,
             wrong_share=float(notes.get(b"wrong_share", b"nan")),
@@ -156,13 +161,15 @@ def quality_scores(
         convergence = _pool_cosine(pool)
         credible = Credibility(np.ones(len(pool.ids)), float("nan"), "not judged by preset paper")
         terms = [pool.gradient_norm, pool.loss_reduction, convergence]
-        quality = _weighted(terms, config)
+        quality = _weighted(iter(terms), config)
         probability = softmax(quality / config.temperature)
     else:
         convergence = convergence_terms(pool)
         credible = credibility(pool, reference)
-        terms = default_terms(pool, convergence)
-        quality = np.clip(_weighted(terms, config) / _total_weight(config), -CLIP, CLIP)
+        terms_in_turn = default_terms(pool, convergence)
+        quality = _weighted(terms_in_turn, config)
+        quality /= _total_weight(config)
+        np.clip(quality, -CLIP, CLIP, out=quality)
         probability = tempered(quality, credible.values, config.temperature)
     return QualityScores(
         ids=pool.ids,
@@ -179,13 +186,12 @@ def quality_scores(
     )
 
 
-def default_terms(pool: Measurements, convergence: Floats) -> list[Floats]:
+def default_terms(pool: Measurements, convergence: Floats) -> Iterator[Floats]:
     """The three terms of preset `default` as robust z; log ‖g‖ without its trend in length."""
-    return [
-        robust_z(without_trend(np.log(pool.gradient_norm + 1e-12), np.log(pool.length))),
-        robust_z(pool.loss_reduction),
-        robust_z(convergence),
-    ]
+    logarithm = np.log(pool.gradient_norm + 1e-12, dtype=np.float64)
+    yield robust_z(without_trend(logarithm, np.log(pool.length, dtype=np.float64)))
+    yield robust_z(pool.loss_reduction)
+    yield robust_z(convergence)
 
 
 def credibility(pool: Measurements, reference: Measurements | None = None) -> Credibility:
@@ -240,12 +246,15 @@ def _pool_cosine(pool: Measurements) -> Floats:
 
 def robust_z(values: Floats) -> Floats:
     """(x - median) / (1.4826 · median absolute deviation), clipped to ±3; 0 if x is not finite."""
-    finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values)].astype(np.float64)
     if len(finite) == 0:
         return np.zeros(len(values))
     centre = np.median(finite)
-    spread = 1.4826 * np.median(np.abs(finite - centre)) or np.std(finite) or 1.0
-    return np.nan_to_num(np.clip((values - centre) / spread, -CLIP, CLIP), nan=0.0)
+    finite -= centre
+    spread = 1.4826 * np.median(np.abs(finite)) or np.std(finite) or 1.0
+    del finite
+    scaled = (values - centre) / spread
+    return np.nan_to_num(np.clip(scaled, -CLIP, CLIP, out=scaled), copy=False, nan=0.0)
 
 
 def without_trend(values: Floats, of: Floats) -> Floats:
@@ -271,8 +280,13 @@ def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:
     weight = np.where(drawable(credible), credible, 0.0)
     if not weight.any():
         weight = np.ones(len(quality))
-    sharp = weight * np.exp(quality / temperature - np.max(quality / temperature))
-    return (1 - UNIFORM_SHARE) * sharp / sharp.sum() + UNIFORM_SHARE * weight / weight.sum()
+    sharp = quality / temperature
+    sharp -= sharp.max()
+    sharp = np.multiply(np.exp(sharp, out=sharp), weight, out=sharp)
+    sharp *= (1 - UNIFORM_SHARE) / sharp.sum()
+    weight *= UNIFORM_SHARE / weight.sum()
+    sharp += weight
+    return sharp
 
 
 def _weights(config: QualityConfig) -> list[float]:
@@ -284,6 +298,13 @@ def _total_weight(config: QualityConfig) -> float:
     return sum(abs(weight) for weight in _weights(config)) or 1.0
 
 
-def _weighted(terms: list[Floats], config: QualityConfig) -> Floats:
-    parts = [weight * term for weight, term in zip(_weights(config), terms, strict=True) if weight]
-    return np.sum(parts, axis=0) if parts else np.zeros(len(terms[0]))
+def _weighted(terms: Iterator[Floats], config: QualityConfig) -> Floats:
+    """Σ α_k·term_k; the terms come one at a time, as each is as long as the pool."""
+    total: Floats | None = None
+    for weight, term in zip(_weights(config), terms, strict=True):
+        if total is None:
+            total = np.zeros(len(term))
+        if weight:
+            total += weight * term
+    assert total is not None
+    return total

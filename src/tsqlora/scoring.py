@@ -28,6 +28,7 @@ from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError, TrainingError
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import CLASSIFICATION, infer_kind
+from tsqlora.mapped import release
 from tsqlora.measuring import Columns, Direction, Meter, Wanted
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
 from tsqlora.parts import Parts, StoredSketches
@@ -148,14 +149,19 @@ class Scorer:
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
     ) -> QualityScores:
         """The scores from what was measured into `folder`."""
+        scores = self._judged(model, dataset, reference, folder)
+        selected = np.zeros(len(scores.ids), dtype=bool)
+        selected[draw(scores.probability, self.quality.fraction, self.seed)] = True
+        return replace(scores, selected=selected)
+
+    def _judged(
+        self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
+    ) -> QualityScores:
         *trusted, pool = (
             self._measurements(Parts(folder / what, len(rows)), model, rows, what == POOL)
             for what, rows in self._named(dataset, reference)
         )
-        scores = quality_scores(pool, self.quality, *trusted)
-        selected = np.zeros(len(scores.ids), dtype=bool)
-        selected[draw(scores.probability, self.quality.fraction, self.seed)] = True
-        return replace(scores, selected=selected)
+        return quality_scores(pool, self.quality, *trusted)
 
     def _fill(self, parts: Parts, meter: Meter, rows: Dataset, share: tuple[int, int]) -> None:
         pool = Pool(meter.model, rows, self.collator, self.batch_size)
@@ -185,31 +191,32 @@ class Scorer:
                 began, before = time.perf_counter(), began
                 halvings, units = meter.halving.halvings, meter.take_units()
                 parts.write(number, columns, halvings, units, began - before)
+                release()
 
     def _measurements(
         self, parts: Parts, model: nn.Module, rows: Dataset, null: bool
     ) -> Measurements:
         """What was measured, in the data set's order; wrong targets' losses only with `null`."""
         kind, names = infer_kind(model), parts.names
-        columns = {
-            name: parts.column(name) if name in names else np.full(len(rows), np.nan)
+        columns: dict[str, np.ndarray] = {
+            name: parts.column(name) if name in names else np.full(len(rows), np.nan, np.float32)
             for name in ("loss", "gradient_norm", "loss_reduction")
         }
         _require_finite(_ids(rows), [c for n, c in columns.items() if n in FINITE and n in names])
-        found = np.zeros(0), np.zeros(0, dtype=np.int64)
+        found = np.zeros(0), np.zeros(0, dtype=np.int32)
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
         elif null:
             found = null_of_pairs(model, kind, rows, self.collator, self.batch_size, self.seed)
-        group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows))
+        group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows), np.int32)
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
             ids=_ids(rows),
             **columns,
             sketch=StoredSketches(parts) if "sketch" in names else np.zeros((len(rows), 0)),
             alignment=parts.column("alignment") if "alignment" in names else None,
-            length=parts.column("length").astype(np.int64),
-            group=group.astype(np.int64),
+            length=parts.column("length"),
+            group=group,
             null_loss=found[0],
             null_group=found[1],
             **_predictions(parts, group) if kind == CLASSIFICATION else {},
@@ -263,7 +270,8 @@ def score_samples(
 
 def _predictions(parts: Parts, labels: np.ndarray) -> dict[str, np.ndarray]:
     """How sure the model is of its first class, and whether the label is that class (N each)."""
-    confidence, agrees = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
+    confidence = np.zeros(len(labels), dtype=np.float32)
+    agrees = np.zeros(len(labels), dtype=bool)
     for positions, outputs in parts.blocks("output"):
         best = torch.tensor(outputs).topk(2)
         confidence[positions] = (best.values[:, 0] - best.values[:, 1]).numpy()
@@ -284,5 +292,6 @@ def _require_finite(ids: np.ndarray, columns: list[np.ndarray]) -> None:
 
 def _ids(dataset: Dataset) -> np.ndarray:
     if "id" in dataset.column_names:
-        return np.asarray(dataset["id"])
+        numbers = dataset.select_columns("id").with_format("arrow")[:]["id"]
+        return numbers.to_numpy()  # Python's own would take their time, and memory
     return np.arange(len(dataset))

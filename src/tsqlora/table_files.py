@@ -19,12 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsqlora.errors import DataError
+from tsqlora.mapped import Spool
 
 _NUMBERED_TEXT = r"^\s*[+-]?0[0-9xX]"
 """What begins so (007, 0x1f) is a name rather than a number."""
 
 ROWS_AT_ONCE = 10_000
-"""Rows of JSON Lines that are held as Python's objects."""
+"""Rows that are worked on at a time."""
 _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)
 
 
@@ -57,14 +58,16 @@ def _read_json_lines(path: Path) -> pa.Table:
 
     Where a part looks otherwise than the first, all rows are read at once, to see how they fit.
     """
-    parts: list[pa.Table] = []
+    spool, schema = Spool(), None
     for rows in _json_rows(path, ROWS_AT_ONCE):
         with suppress(DataError):
-            parts.append(_numbered_table(rows, path))
-            if parts[-1].schema == parts[0].schema:
+            part = _numbered_table(rows, path)
+            schema = schema or part.schema
+            if part.schema == schema:
+                spool.add(part)
                 continue
         return _numbered_table(next(_json_rows(path)), path)
-    return pa.concat_tables(parts) if parts else _table([], path, str)
+    return _table([], path, str) if schema is None else spool.table()
 
 
 def _json_rows(path: Path, most: int | None = None) -> Iterator[list[tuple[int, dict[str, Any]]]]:
@@ -123,12 +126,16 @@ def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        table = pq.read_table(path, partitioning=None)
+        file, spool = pq.ParquetFile(path), Spool()
         plain = [
             pa.field(f.name, f.type.value_type) if pa.types.is_dictionary(f.type) else f
-            for f in table.schema
+            for f in file.schema_arrow
         ]
-        return table.cast(pa.schema(plain, metadata=table.schema.metadata))
+        schema = pa.schema(plain, metadata=file.schema_arrow.metadata)
+        spool.add(schema.empty_table())
+        for rows in file.iter_batches(ROWS_AT_ONCE):
+            spool.add(pa.Table.from_batches([rows]).cast(schema))
+        return spool.table()
     except pa.ArrowException as error:
         raise DataError(
             f"{path} is not a Parquet file that can be read: {_reason(error)}."
