@@ -90,6 +90,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
             reference=reference,
             lookahead=draw(st.sampled_from(["exact", "first_order", "second_order"])),
             depth=draw(st.floats(0.01, 1)),
+            batch_size=draw(st.none() | st.just("auto") | st.integers(1, 99)),
         ),
         ranks=draw(rank_configs()),
         adapter=AdapterConfig(
@@ -198,6 +199,8 @@ BAD = [
     ("quality.lookahead", "third", "must be exact, first_order or second_order, not 'third'"),
     ("quality.depth", 0, "quality.depth must be a number above 0 and at most 1, not 0"),
     ("quality.depth", 1.1, "not 1.1"),
+    ("quality.batch_size", 0, "must be auto, a whole number of at least 1 or null, not 0"),
+    ("quality.batch_size", "large", "must be auto, a whole number of at least 1 or null"),
     ("quality.adapt_steps", -1, "quality.adapt_steps must be a whole number of at least 0"),
     ("quality.reference", "validation", "quality.reference: validation needs data.validation"),
     ("training.learning_rate", -1, "training.learning_rate must be a number of at least 0"),

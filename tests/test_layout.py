@@ -24,7 +24,7 @@ ORDER = [
     "hooks", "replay", "targets", "lora_layers", "factors", "experts",
     "global_batches", "adaptation", "per_sample_grads", "lookahead",
     "credibility", "convergence", "quality", "selection", "mismatch",
-    "memory", "measuring", "parts", "null", "scoring", "estimators", "sensitivity",
+    "memory", "measuring", "fitting", "parts", "null", "scoring", "estimators", "sensitivity",
     "rank_rules", "allocation", "sharded", "optimizer_state", "adapter", "merging", "export",
     "pasting", "initial", "observing", "dynamic_rank", "callback",
     "run_folder", "training", "two_parts", "starting", "cost", "inputs", "preflight",

@@ -95,6 +95,9 @@ class QualityConfig:
     `first_order` for nothing, but it ranks as the gradient norm does; `second_order` by a forward
     too. `depth` below 1 is the economical mode: gradients of the last layers only, which hold this
     share of the adapted weights. What both are worth: docs/choices.md.
+
+    `batch_size` of the longest samples come in a batch while they are measured, and of shorter ones
+    more: null is the training's, `auto` is found by trial. Where memory runs out they are halved.
     """
 
     fraction: _Share = 0.5
@@ -106,6 +109,7 @@ class QualityConfig:
     adapt_steps: _CountOrZero | None = None
     lookahead: Literal["exact", "first_order", "second_order"] = "exact"
     depth: _Share = 1.0
+    batch_size: Literal["auto"] | _Count | None = None
 
 
 @dataclass(frozen=True)

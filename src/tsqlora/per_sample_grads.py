@@ -94,10 +94,11 @@ class Keep:
 
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         """Σ_i weights_i ∇ℓ_i of each factor, for `weights` (N), whole."""
-        sums = {
-            factor: torch.tensordot(weights.to(found), found, 1)
-            for factor, found in self.gradients.items()
-        }
+        with torch.autocast(weights.device.type, enabled=False):
+            sums = {
+                factor: torch.tensordot(weights.to(found), found, 1)
+                for factor, found in self.gradients.items()
+            }
         for factor, (ids, width) in self.columns.items():
             zeros = sums[factor].new_zeros(len(sums[factor]), width)
             sums[factor] = zeros.index_copy(1, ids, sums[factor])

@@ -52,7 +52,7 @@ from tsqlora.starting import (
     untrained_model,
 )
 from tsqlora.training import PoolTrainer, run_training
-from tsqlora.two_parts import first_steps, last_arguments
+from tsqlora.two_parts import first_steps, last_arguments, scorer_of
 
 logger = logging.getLogger("tsqlora")
 
@@ -185,7 +185,7 @@ class Run:
                 self.inputs.task.collate,
                 estimator=ranks.sensitivity,
                 max_samples=SENSITIVITY_SAMPLES,
-                batch_size=self.scorer.batch_size,
+                batch_size=self.scorer.batch_size or self.first.batch_size // self.inputs.together,
                 seed=self.config.seed,
                 spectrum=ranks.max_rank if ranks.rule == MARGINAL_GAIN else 0,
                 together=True,
@@ -299,14 +299,9 @@ class Run:
 
     @cached_property
     def scorer(self) -> Scorer:
-        """How samples are measured: in the batches and at the rate of the training."""
-        return Scorer(
-            self.inputs.task.collate,
-            self.config.quality,
-            self.first.learning_rate,
-            self.first.batch_size // self.inputs.together,
-            self.config.seed,
-        )
+        """How samples are measured: by default as the training takes them."""
+        batch_size = self.first.batch_size // self.inputs.together
+        return scorer_of(self.config, self.inputs.task.collate, self.first, batch_size)
 
     def _done(self, stage: str, output: Path) -> bool:
         """What the main process finds, before it can write anything new."""

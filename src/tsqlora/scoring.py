@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from tsqlora import processes
 from tsqlora.adaptation import FEW, Adaptation, adapt_briefly
-from tsqlora.artefacts import digest
+from tsqlora.artefacts import atomic_write_json, digest, read_json
 from tsqlora.batches import (
     Collator,
     Pool,
@@ -26,6 +27,7 @@ from tsqlora.batches import (
 )
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError, TrainingError
+from tsqlora.fitting import fitting_batch_size
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import CLASSIFICATION, infer_kind
 from tsqlora.mapped import release
@@ -38,10 +40,14 @@ from tsqlora.selection import draw
 
 FINITE = ("loss", "gradient_norm")
 """What has to be finite of every sample."""
+ADAPTED = 32
+"""Samples a step of the brief adaptation where no batch size is given."""
 PART = 16
 """Batches a part: what an interruption loses at most."""
 MOST_SUMS = 64
 """Parts of a reference at most: each holds sums of gradients, and so is as large as the adapter."""
+BATCH = "batch.json"
+"""The batch size that was found."""
 POOL, REFERENCE = "quality", "reference"
 """Folders of what is measured."""
 
@@ -55,15 +61,17 @@ class Scorer:
         quality: the `quality` section of the configuration.
         learning_rate: η of preset `paper`.
         batch_size: of the longest samples, how many come in a batch; of shorter ones more do, and
-            fewer of all once memory has run out.
+            fewer of all once memory has run out. None: found by trial (`fitting.py`).
         seed: of the draws and the null.
+        bf16: whether forwards run under autocast to bfloat16, as the training's do.
     """
 
     collator: Collator
     quality: QualityConfig = field(default_factory=QualityConfig)
     learning_rate: float = 1e-3
-    batch_size: int = 32
+    batch_size: int | None = None
     seed: int = 0
+    bf16: bool = False
 
     @property
     def wanted(self) -> Wanted:
@@ -125,16 +133,18 @@ class Scorer:
             raise DataError("The reference is empty: give trusted samples, or none at all.")
         share = share or (processes.index(), processes.count())
         direction: Direction | None = None
-        with evaluating(model):
+        with evaluating(model), self._autocast(model):
+            batch_size = self._found(model, dataset, folder, inputs, share)
             for what, rows in self._named(dataset, reference):
                 wanted = self.wanted_of_reference if what == REFERENCE else self.wanted
                 parts = Parts(folder / what, len(rows))
-                key = digest(inputs, self.batch_size, len(dataset), asdict(wanted))
+                key = digest(inputs, batch_size, self.bf16, len(dataset), asdict(wanted))
                 if share[0] == 0:
                     parts.prepare(key)
                 if share[1] > 1:
                     processes.wait()
-                self._fill(parts, Meter(model, infer_kind(model), wanted, direction), rows, share)
+                pool = Pool(model, rows, self.collator, batch_size)
+                self._fill(parts, pool, Meter(model, infer_kind(model), wanted, direction), share)
                 if wanted.sums_units:
                     if share[1] > 1:
                         processes.wait()  # until all parts are there
@@ -157,14 +167,32 @@ class Scorer:
     def _judged(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
     ) -> QualityScores:
-        *trusted, pool = (
-            self._measurements(Parts(folder / what, len(rows)), model, rows, what == POOL)
-            for what, rows in self._named(dataset, reference)
-        )
+        with self._autocast(model):
+            *trusted, pool = (
+                self._measurements(Parts(folder / what, len(rows)), model, rows, what == POOL)
+                for what, rows in self._named(dataset, reference)
+            )
         return quality_scores(pool, self.quality, *trusted)
 
-    def _fill(self, parts: Parts, meter: Meter, rows: Dataset, share: tuple[int, int]) -> None:
-        pool = Pool(meter.model, rows, self.collator, self.batch_size)
+    def _autocast(self, model: nn.Module) -> AbstractContextManager[Any]:
+        device = next(model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def _found(
+        self, model: nn.Module, dataset: Dataset, folder: Path, inputs: str, share: tuple[int, int]
+    ) -> int:
+        """The batch size, the same in all processes and whenever scoring goes on."""
+        if self.batch_size is not None:
+            return self.batch_size
+        note, key = folder / BATCH, digest(inputs, self.bf16, len(dataset), asdict(self.wanted))
+        if share[0] == 0 and not (note.exists() and read_json(note).get("inputs") == key):
+            found = fitting_batch_size(model, dataset, self.collator, self.wanted)
+            atomic_write_json(note, {"inputs": key, "batch_size": found})
+        if share[1] > 1:
+            processes.wait()
+        return int(read_json(note)["batch_size"])
+
+    def _fill(self, parts: Parts, pool: Pool, meter: Meter, share: tuple[int, int]) -> None:
         meter.halving.halvings = parts.halvings
         size = PART
         if meter.wanted.sums_units:  # each part leaves sums as large as the adapter
@@ -207,7 +235,8 @@ class Scorer:
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
         elif null:
-            found = null_of_pairs(model, kind, rows, self.collator, self.batch_size, self.seed)
+            batch_size = self.batch_size or read_json(parts.folder.parent / BATCH)["batch_size"]
+            found = null_of_pairs(model, kind, rows, self.collator, batch_size, self.seed)
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows), np.int32)
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
@@ -237,7 +266,7 @@ def score_samples(
     quality: QualityConfig | None = None,
     reference: Dataset | None = None,
     learning_rate: float = 1e-3,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> QualityScores:
     """The quality of every row of `dataset` under `model` (TsqLoRA §3; formulas in `quality.py`).
@@ -246,8 +275,9 @@ def score_samples(
     where that is None) and removed after, its weights untouched; a model with LoRA adapters is
     scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
     one, else the row numbers. Batches take as much memory as `batch_size` of the longest samples,
-    and are halved when memory runs out. What is measured waits in a temporary folder, about 2 kB a
-    sample, or without sketches, where a `reference` is known, far less.
+    by default as many as fit and pay, found by trial, and are halved when memory runs out. Under
+    `torch.autocast` forwards run in its precision. What is measured waits in a temporary folder,
+    about 2 kB a sample, or far less where a `reference` is known.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
@@ -263,7 +293,7 @@ def score_samples(
             adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
             steps = scorer.quality.adapt_steps
             steps = FEW if steps is None else steps
-            adaptation = Adaptation(steps, learning_rate, batch_size, seed)
+            adaptation = Adaptation(steps, learning_rate, batch_size or ADAPTED, seed)
             adapt_briefly(adapted, dataset, collator, adaptation)
         return scorer.score(adapted, dataset, reference)
 

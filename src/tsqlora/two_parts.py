@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from tsqlora import processes
 from tsqlora.adaptation import Adaptation, default_steps
+from tsqlora.batches import Collator
 from tsqlora.config import RunConfig
 from tsqlora.lora_layers import PEFT_TASK_TYPES
+from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size
 from tsqlora.targets import resolve_targets
 from tsqlora.training import DEFAULTS, training_arguments, training_passes
@@ -59,6 +61,19 @@ def last_arguments(config: RunConfig, first: Adaptation, folder: Path) -> Traini
         "learning_rate": first.ends_at * first.learning_rate,
     }
     return training_arguments(settings, folder, config.seed)
+
+
+def scorer_of(config: RunConfig, collator: Collator, first: Adaptation, batch_size: int) -> Scorer:
+    """How samples are measured between the two: at the first's rate, in its precision."""
+    wanted = config.quality.batch_size or batch_size
+    return Scorer(
+        collator,
+        config.quality,
+        first.learning_rate,
+        None if wanted == "auto" else int(wanted),
+        config.seed,
+        bool(config.training.get("bf16")),
+    )
 
 
 def uniform_config(config: RunConfig, base: PreTrainedModel, dropout: float = 0.0) -> LoraConfig:
