@@ -282,4 +282,4 @@ def test_trainers_without_patterns_get_the_plan_as_an_untrained_adapter(
     assert ranks_and_scales(model) == {name: (rank, 2.0) for name, rank in plan.adapted.items()}
     assert torch.equal(logits(model), function)
     assert all(m.a.weight.any() for m in lora_modules(model))
-    assert main(["train", str(config)]) == 0, "the folder is no artefact of another run"
+    assert main(["plan", str(config), "--json"]) == 0, "the folder is no other run's"

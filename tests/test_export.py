@@ -166,6 +166,8 @@ def test_a_bias_of_b_is_kept_where_scales_and_ranks_differ(form: str, tmp_path: 
     expected = logits(model)
     folder = export_adapter(model, tmp_path / form, form)
     assert (logits(by_peft(folder, tiny_model("llama"))) - expected).abs().max() < CLOSE
+    with pytest.raises(ModelError, match="cannot be merged"):
+        export_adapter(model, tmp_path / "merged", "merged")
 
 
 def digests(folder: Path) -> dict[str, str]:

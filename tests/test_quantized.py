@@ -28,7 +28,7 @@ from tsqlora.targets import linear_names
 pytest.importorskip("bitsandbytes")
 CLOSE = 1e-5
 """float32 rounding, as in test_export.py."""
-HERE = Quantization("cpu", torch.float32)
+HERE = Quantization("cuda:0" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +50,19 @@ def unpacked(model: Any) -> Any:
     """The plain model of the very weights that the 4 bits stand for."""
     plain = AutoModelForCausalLM.from_config(model.config)
     for name in linear_names(plain):
-        plain.get_submodule(name).weight.data = base_weight(model.get_submodule(name)).clone()
+        plain.get_submodule(name).weight.data = base_weight(model.get_submodule(name)).cpu().clone()
     own = dict(model.named_parameters())
     for name, parameter in plain.named_parameters():
         if name.removesuffix(".weight") not in linear_names(plain):
-            parameter.data = own[name].data.clone()
+            parameter.data = own[name].data.cpu().clone()
     return plain.eval()
 
 
 def logits(model: Any, kind: str = "causal-lm") -> torch.Tensor:
-    batch = tiny_batch(kind)
-    batch.pop("labels")
+    device = next(model.parameters()).device
+    batch = {name: each.to(device) for name, each in tiny_batch(kind).items() if name != "labels"}
     with torch.no_grad():
-        return model.eval()(**batch).logits
+        return model.eval()(**batch).logits.cpu()
 
 
 def words(folder: Path, **changes: Any) -> Path:

@@ -264,14 +264,11 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode, and what was compiled of it runs as it is written.
 
-    A compiled part would be compiled again for every hook that watches it. In eval mode 4-bit
-    layers take a kernel on some CPUs that passes no gradient; they are the same in training mode.
+    A compiled part would be compiled again for every hook that watches it.
     """
     training = model.training
     keep_exact(model)
     model.eval()
-    for module in filter(_has_4_bits, model.modules()):
-        module.train()
     try:
         with torch.compiler.set_stance("force_eager") if _compiled(model) else nullcontext():
             yield
@@ -288,11 +285,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
-
-
-def _has_4_bits(module: nn.Module) -> bool:
-    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
-    return ("bitsandbytes", "Linear4bit") in names
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -54,9 +54,12 @@ def plan(arguments: argparse.Namespace) -> Result:
     made = run.plan()
     if arguments.format:
         from tsqlora.pasting import PEFT, paste
+        from tsqlora.starting import save_untrained, untrained_model
 
-        untrained = run.folder.untrained if arguments.format == PEFT else run.save_untrained()
-        return {"paste": paste(made, arguments.format, untrained.resolve())}
+        if arguments.format != PEFT:
+            model = untrained_model(run.config, run.inputs.base_model(), made)
+            save_untrained(model, run.folder.untrained)
+        return {"paste": paste(made, arguments.format, run.folder.untrained.resolve())}
     return {
         "plan": str(run.folder.plan),
         "parameters": made.parameters,

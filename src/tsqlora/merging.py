@@ -27,7 +27,8 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     the other one, which is not.
 
     Raises:
-        ModelError: tied embeddings of an encoder-decoder are adapted; weights are not finite.
+        ModelError: tied embeddings of an encoder-decoder are adapted; weights are not finite, or a
+            bias of B has no place in the base.
     """
     whole = copy.deepcopy(model)
     base: Any = whole.get_base_model()
@@ -36,7 +37,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
         if any(is_quantized(module) for module in base.modules()):
             return _dequantized(whole)
         return whole.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # PEFT's word for weights that are not finite
+    except (ValueError, RuntimeError) as error:  # not finite, or a bias without a place
         raise ModelError(f"The adapter cannot be merged: {error}") from error
 
 

@@ -31,7 +31,6 @@ from tsqlora.checkpoints import last_checkpoint, seconds_before
 from tsqlora.config import RunConfig
 from tsqlora.cost import counted, record_parameters
 from tsqlora.dynamic_rank import Reallocation
-from tsqlora.export import export_adapter
 from tsqlora.finished import FinishedRun, finish, measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, trainable_state
@@ -45,12 +44,7 @@ from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
-from tsqlora.starting import (
-    first_model,
-    planned_model,
-    trained_parameters,
-    untrained_model,
-)
+from tsqlora.starting import first_model, planned_model, trained_parameters
 from tsqlora.training import PoolTrainer, run_training
 from tsqlora.two_parts import first_steps, last_arguments, scorer_of
 
@@ -318,16 +312,6 @@ class Run:
         self.__dict__.pop("warm_model", None)  # its memory is wanted
         state = load_file(self.folder.warmup / "state.safetensors")
         return planned_model(self.config, self.inputs.base_model(), plan, state)
-
-    def save_untrained(self) -> Path:
-        """The plan as an adapter with B = 0, for trainers that have no key for ranks by module."""
-        plan = self.plan()
-        return processes.from_main(lambda: self._save_untrained(plan))
-
-    def _save_untrained(self, plan: RankPlan) -> Path:
-        with atomic_folder(self.folder.untrained) as folder:
-            export_adapter(untrained_model(self.config, self.inputs.base_model(), plan), folder)
-        return self.folder.untrained
 
     def _sampler(self, scores: QualityScores) -> QualitySampler:
         if self.config.quality.preset == "paper":  # one draw, kept

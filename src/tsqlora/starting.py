@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from tsqlora import processes
 from tsqlora.adapter import check_plan, lora_config, warm_start
 from tsqlora.allocation import RankPlan
+from tsqlora.artefacts import atomic_folder
 from tsqlora.config import RunConfig
+from tsqlora.export import export_adapter
 from tsqlora.initial import InitialAdapter
 from tsqlora.lora_layers import PEFT_TASK_TYPES, lora_modules, wrap
 from tsqlora.tasks import auto_model
@@ -50,6 +54,16 @@ def untrained_model(config: RunConfig, base: PreTrainedModel, plan: RankPlan) ->
     model = wrap(base, planned)
     check_plan(model, plan)
     return model
+
+
+def save_untrained(model: PeftModel, folder: Path) -> None:
+    """Write `untrained_model`, for trainers that have no key for ranks by module."""
+
+    def write() -> None:
+        with atomic_folder(folder) as written:
+            export_adapter(model, written)
+
+    processes.from_main(write)
 
 
 def planned_model(
