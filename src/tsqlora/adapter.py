@@ -146,7 +146,7 @@ def compact(model: nn.Module, optimizer: Optimizer | None) -> None:
 
     The function stays the same but for the order of sums, parameters the same objects. A module
     without any active component keeps one of zeros, as PEFT knows no rank 0. Not for parameters
-    that other processes, or a compiled model, hold in their old shape.
+    that other processes hold in their old shape.
 
     Raises:
         TrainingError: the optimizer's state cannot be cut; nothing is changed then.

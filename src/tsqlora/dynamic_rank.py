@@ -159,7 +159,7 @@ class DynamicRank:
 
         Raises:
             TrainingError: ranks still move, several processes train the model (they hold buffers of
-                the old shapes), it is compiled, or the optimizer's state cannot be cut.
+                the old shapes), or the optimizer's state cannot be cut.
         """
         if not self.frozen:
             last = max(self.moves_at)

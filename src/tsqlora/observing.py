@@ -80,12 +80,12 @@ class Observer:
             a, b = (whole(f.weight.detach()).float() for f in (module.a, module.b))
             gradient = module.b.weight.grad
             gradient = torch.zeros_like(b) if gradient is None else whole(gradient).float()
-            inner.append((b * gradient).sum(0))
-            squares.append(torch.linalg.vector_norm(gradient, dim=0))
-            lengths.append(torch.linalg.vector_norm(a, dim=1))
+            inner.append(torch.linalg.vecdot(b, gradient, dim=0))
+            squares.append(torch.linalg.vecdot(gradient, gradient, dim=0))
+            lengths.append(torch.linalg.vecdot(a, a))
         device = self._owner.device
         joined = [torch.cat([t.to(device) for t in each]) for each in (inner, squares, lengths)]
-        return joined[0].abs(), joined[1].square(), joined[2].square()
+        return joined[0].abs(), joined[1], joined[2]
 
     def read(self) -> Observed:
         """What was seen.
