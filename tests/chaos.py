@@ -71,6 +71,16 @@ CONFIGURATIONS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
             "adapter.modules_to_save": ["lm_head"],
         },
     ),
+    "compact": (
+        classification_run,
+        {
+            "training.save_strategy": "epoch",
+            "training.num_train_epochs": 4,
+            "ranks.compact": True,
+            "quality.weights.loss_reduction": 0.0,
+            "quality.adapt_steps": 7,
+        },
+    ),
     "unsaved": (classification_run, {"training.save_strategy": "no", "ranks.dynamic": False}),
 }
 SAMPLES = 96

@@ -113,6 +113,25 @@ def test_the_best_checkpoint_brings_its_ranks_and_the_record_says_so(tmp_path: P
     assert moves[-2] != moves[-1]
 
 
+def test_a_broken_state_of_the_adapted_model_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = classification_run(tmp_path)
+    run = Run.start(config)
+    run.warm_model  # noqa: B018
+    state = run.folder.warmup / "state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    Run.start(config).warm_model  # noqa: B018
+    assert state.read_bytes() == whole
+    assert "warmup is made again: state.safetensors has" in caplog.text
+    encoded = run.folder.encoded / "train.arrow"
+    pool = encoded.read_bytes()
+    encoded.write_bytes(pool[: len(pool) // 2])
+    Run.start(config).inputs.splits  # noqa: B018
+    assert encoded.read_bytes() == pool
+
+
 def test_preset_paper_keeps_one_subset(tmp_path: Path) -> None:
     run = Run.start(classification_run(tmp_path, **{"quality.preset": "paper"}))
     scores = run.score()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from tsqlora import claims
 from tsqlora.artefacts import (
     append_line,
     atomic_file,
@@ -30,6 +31,7 @@ from tsqlora.artefacts import (
     read_lines,
     truncate_lines,
 )
+from tsqlora.claims import claimed
 from tsqlora.config import RunConfig
 from tsqlora.errors import DataError, RunError
 from tsqlora.run_folder import RunFolder
@@ -358,6 +360,27 @@ def test_opening_what_is_no_run_is_refused(tmp_path: Path) -> None:
         RunFolder.open(tmp_path)
     with pytest.raises(RunError, match="is not a folder"):
         RunFolder.open(tmp_path / "none")
+
+
+def test_a_folder_is_claimed_by_one_process_until_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "PATIENCE", 0.3)
+    script = (
+        "import sys, time\nfrom tsqlora.claims import claimed\n"
+        "with claimed(sys.argv[1]):\n    print('claimed', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunError, match="Another process works in"), claimed(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+    for _ in range(2):
+        with claimed(tmp_path):
+            pass
 
 
 # stages and metrics

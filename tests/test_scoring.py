@@ -306,3 +306,27 @@ def test_parts_of_another_measurement_are_not_taken_up(tmp_path: Path) -> None:
     assert parts.column("loss").tolist() == [1, 1]
     parts.prepare("two")
     assert parts.there() == set()
+
+
+def test_parts_that_were_cut_off_or_have_rotted_are_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = Parts(tmp_path / "x", 8)
+    parts.prepare("one")
+    for number in range(4):
+        values = np.full(2, 7.25, dtype=np.float32)
+        columns = {"position": np.arange(2) + 2 * number, "loss": values}
+        parts.write(number, columns, 0, sums={"a": values}, seconds=1.5)
+    assert parts.seconds == 6
+    files = sorted(parts.folder.glob("part-*.parquet"))
+    sums = [file.with_suffix(".safetensors") for file in files]
+    content = files[0].read_bytes()
+    assert values.tobytes() in content
+    files[0].write_bytes(content.replace(values.tobytes(), (values + 1).tobytes()))
+    files[1].write_bytes(files[1].read_bytes()[:-9])
+    sums[2].write_bytes(sums[2].read_bytes()[:-1])
+    assert parts.seconds == 4.5
+    parts.prepare("one")
+    assert parts.there() == {3}
+    assert all(f"{file} is broken: it is measured again" in caplog.text for file in files[:3])
+    assert parts.summed()["a"].tolist() == [7.25, 7.25]

@@ -9,11 +9,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from tsqlora import __version__
+from tsqlora.claims import claimed
 from tsqlora.config import RunConfig
 from tsqlora.errors import TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
@@ -149,10 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _say_only_what_matters()
     verb: Callable[[argparse.Namespace], Result] = globals()[arguments.verb]
     try:
-        with (
-            handling(stop),
-            redirect_stdout(sys.stderr),
-        ):  # the Trainer prints; stdout is for the result alone
+        # the Trainer prints; stdout is for the result alone
+        with handling(stop), redirect_stdout(sys.stderr), ExitStack() as arguments.held:
             result = verb(arguments)
     except TsqloraError as error:
         _say_once(str(error))
@@ -165,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _speaks():
             raise
         return 1  # another process has failed, and this one for want of it
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # of several processes (`accelerate launch`) the first speaks for all
+    if not _is_first():
+        return 0
     text = result.get("paste") or _readable(result)
     print(json.dumps(result, indent=2) if arguments.json else text)
     return 0
@@ -211,9 +210,16 @@ def _run(arguments: argparse.Namespace) -> Any:
 
         processes.join()  # so that one speaks for all
     config = RunConfig.from_yaml(arguments.config, arguments.set)
+    if _is_first():
+        arguments.held.enter_context(claimed(config.output))
     from tsqlora.pipeline import Run
 
     return Run.start(config, arguments.resume)
+
+
+def _is_first() -> bool:
+    """Of several processes (`accelerate launch`) the first acts, and tells the result, for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _readable(result: Result, indent: str = "") -> str:
