@@ -10,7 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 from reference import looped_sensitivity
 from runs import WORDS, classification_run, save_model, write_rows
@@ -198,6 +202,28 @@ def test_weights_that_are_packed_for_inference_are_never_read_as_weights(folder:
     before = base_weight(module).clone()
     layer_sensitivity(model, rows, collate)
     assert torch.equal(base_weight(module), before)
+
+
+def test_a_base_in_8_bits_is_measured_and_still_works_after(folder: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    packed = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=packed, device_map={"": HERE.device}
+    )
+    before = logits(model)
+    for name in linear_names(plain)[:-1]:
+        weight, own = base_weight(model.get_submodule(name)).cpu(), plain.get_submodule(name).weight
+        most = own.abs().amax(1, keepdim=True)  # of 127 steps, and float16 before
+        assert ((weight - own).abs() <= most * (0.5 / 127 + 2**-10)).all()
+    rows = Dataset.from_list(rows_of(tiny_batch("causal-lm")))
+    found = layer_sensitivity(model, rows, collate).modules
+    expected = layer_sensitivity(plain, rows, collate).modules
+    assert found == pytest.approx(expected, rel=0.1)
+    assert torch.equal(logits(model), before)
+    adapted = with_lora(model, "causal-lm")
+    merged = export_adapter(adapted, tmp_path / "merged", "merged")
+    error = logits(AutoModelForCausalLM.from_pretrained(merged)) - logits(adapted)
+    assert error.abs().max() < 0.02, "what 8 bits round of the activations"
 
 
 def test_only_4_bits_are_offered(tmp_path: Path) -> None:

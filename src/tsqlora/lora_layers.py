@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
@@ -188,11 +189,19 @@ def base_weight(module: nn.Module) -> Tensor:
                 "bitsandbytes has repacked the 4-bit weights for inference on this CPU, for good: "
                 "load the model again, and do not run it in eval mode before it is measured."
             )
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(module)
+        weight = _unpacked(module)
     transposed = type(module).__name__ == "Conv1D"
     return weight.detach().T if transposed else weight.detach()
+
+
+def _unpacked(module: Any) -> Tensor:
+    weight = module.weight
+    if type(weight).__name__ == "Int8Params":  # PEFT's way leaves the layer without its scales
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB
+        return weight.detach() * (scales / 127)[:, None]
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module)
 
 
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
