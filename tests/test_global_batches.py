@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import processes
+from tsqlora.adaptation import Adaptation, adapt_briefly
 from tsqlora.global_batches import SPARE, GlobalBatchTrainer, Shares, _Company
 from tsqlora.lora_layers import lora_parameters
 from tsqlora.losses import target_lengths
@@ -88,6 +89,28 @@ def test_accumulated_batches_are_one_batch(name: str, tmp_path: Path) -> None:
     assert parts == pytest.approx(loss, rel=1e-5)
     for whole, summed in zip(gradients, accumulated, strict=True):
         torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_an_adaptation_begins_again_in_halves_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapted(most: int) -> list[torch.Tensor]:
+        def training_step(
+            trainer: GlobalBatchTrainer, model: Any, inputs: Any, *rest: Any
+        ) -> torch.Tensor:
+            if len(inputs["labels"]) > most:
+                raise torch.OutOfMemoryError
+            return step(trainer, model, inputs, *rest)
+
+        monkeypatch.setattr(GlobalBatchTrainer, "training_step", training_step)
+        trainer = trainer_of("bert", tmp_path, 8, 1)
+        rows, folder = trainer.train_dataset, tmp_path / str(most)
+        adapt_briefly(trainer.model, rows, collate, Adaptation(3, 1e-3, 8, 0), folder)
+        return [parameter.detach() for parameter in lora_parameters(trainer.model)]
+
+    step = GlobalBatchTrainer.training_step
+    for whole, halves in zip(adapted(8), adapted(2), strict=True):
+        torch.testing.assert_close(halves, whole, rtol=1e-3, atol=1e-4)
 
 
 def test_a_process_without_samples_adds_nothing(tmp_path: Path) -> None:

@@ -6,22 +6,29 @@ starts from the adapted one, so these steps are the first part of the training (
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from tsqlora.artefacts import remove
 from tsqlora.batches import Collator, model_columns, try_out
 from tsqlora.checkpoints import last_checkpoint, train_from
 from tsqlora.errors import TrainingError
 from tsqlora.global_batches import GlobalBatchTrainer
+from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import infer_kind
+from tsqlora.memory import out_of_memory
+
+logger = logging.getLogger("tsqlora")
 
 FEW, MOST = 100, 500
 """Steps where the training's length is not known; steps after which no more is to be learnt of the
@@ -62,6 +69,12 @@ class Adaptation:
         """Samples an optimizer step."""
         return self.batch_size * int(self.settings.get("gradient_accumulation_steps", 1))
 
+    def halved(self) -> Adaptation:
+        """The same steps in batches of half the size, twice as many of them one after the other."""
+        accumulated = 2 * int(self.settings.get("gradient_accumulation_steps", 1))
+        settings = {**self.settings, "gradient_accumulation_steps": accumulated}
+        return replace(self, batch_size=self.batch_size // 2, settings=settings)
+
     def arguments(self, folder: str | Path, saving: bool) -> TrainingArguments:
         """For a Trainer that writes into `folder` alone: checkpoints as the training does, if
         `saving`, where that goes by steps, else five over all steps.
@@ -101,7 +114,7 @@ def adapt_briefly(
     """Train what is trainable in `model` on `dataset`, drawn uniformly, in place.
 
     One pass a sample and step. With a `folder` it goes on from the last checkpoint there, if there
-    is one, and leaves its own there.
+    is one, and leaves its own there. When memory runs out it begins again in smaller batches.
 
     Raises:
         ModelError: the model cannot take the samples.
@@ -111,6 +124,36 @@ def adapt_briefly(
     try_out(model, infer_kind(model), dataset, collator)
     if adaptation.steps <= 0:
         return
+    before = trainable_state(model)
+    while True:
+        try:
+            _adapt(model, dataset, collator, adaptation, folder)
+            break
+        except RuntimeError as error:
+            if adaptation.batch_size % 2 or not out_of_memory(error):
+                raise
+        adaptation = adaptation.halved()
+        logger.warning("Out of memory: the adaptation takes %d at once.", adaptation.batch_size)
+        clear_device_cache(garbage_collection=True)
+        load_trainable_state(model, before)
+        for checkpoint in folder.glob("checkpoint-*") if folder else ():
+            remove(checkpoint)
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        if folder is not None:
+            remove(folder)  # nothing to go on from
+        raise TrainingError(
+            "The brief adaptation diverged: lower training.learning_rate or look for extreme "
+            "targets."
+        )
+
+
+def _adapt(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    adaptation: Adaptation,
+    folder: Path | None,
+) -> None:
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as temporary:
         saving = folder is not None and adaptation.settings.get("save_strategy") != "no"
         arguments = adaptation.arguments(folder or temporary, saving)
@@ -123,8 +166,3 @@ def adapt_briefly(
             trainer.train()
         else:
             train_from(trainer, last_checkpoint(folder))
-    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-        raise TrainingError(
-            "The brief adaptation diverged: lower training.learning_rate or look for extreme "
-            "targets."
-        )

@@ -303,12 +303,12 @@ def _forget_peft(model: nn.Module) -> None:
             delattr(model, attribute)
 
 
-def trainable_state(model: PeftModel) -> dict[str, Tensor]:
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every trainable tensor by its full name: factors and modules_to_save."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trainable_state(model: PeftModel, state: dict[str, Tensor]) -> None:
+def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put `trainable_state` back, in place.
 
     Raises:

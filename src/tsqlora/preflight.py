@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def check_config(config: RunConfig) -> None:
     if (quantization := Quantization.of(config)) is not None:
         quantization.check()
     initial_adapter(config)
+    if config.training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError(
+            "training.deepspeed: DeepSpeed takes the optimizer's step inside the backward call, "
+            "before ranks can be moved. Use `fsdp: true`, which shards parameters, gradients and "
+            "optimizer state (docs/parallel.md)."
+        )
     if processes.count() > 1 and config.ranks.compact:
         raise ConfigError("ranks.compact is for a single process: leave it out.")
 
