@@ -23,6 +23,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value
 
 from tsqlora.errors import ConfigError, DataError
+from tsqlora.mapped import as_dataset
 from tsqlora.table_files import READERS, read_tables
 
 _SPLITS = {"data.train": "train", "data.validation": "validation", "data.test": "test"}
@@ -175,7 +176,7 @@ def _with_ids(dataset: Dataset) -> Dataset:
         dataset = dataset.rename_column("id", name)
     table = dataset.with_format("arrow")[:].append_column("id", pa.array(np.arange(len(dataset))))
     features = Features({**dataset.features, "id": Value("int64")})
-    return Dataset(table, info=DatasetInfo(features=features))
+    return as_dataset(table, DatasetInfo(features=features))
 
 
 def _load(source: str, split: str | None) -> Dataset:
@@ -198,7 +199,7 @@ def _load(source: str, split: str | None) -> Dataset:
 
 def _typed(source: str, table: pa.Table) -> Dataset:
     try:
-        return Dataset(table)
+        return as_dataset(table)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise DataError(f"{source} has a column that datasets cannot hold: {error}") from None
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from tsqlora.artefacts import atomic_file, atomic_write_text
-from tsqlora.mapped import mapped_table, release
+from tsqlora.mapped import as_dataset, mapped_table, release
 
 _LISTS = {
     "input_ids": pa.int32(),
@@ -33,7 +33,7 @@ def compact(rows: list[dict[str, Any]]) -> pa.Table:
 
 def in_memory(tables: Iterator[pa.Table]) -> Dataset:
     """All tables, one after the other."""
-    return Dataset(pa.concat_tables(list(tables)))
+    return as_dataset(pa.concat_tables(list(tables)))
 
 
 def on_disk(tables: Iterator[pa.Table], file: Path, inputs: str) -> Dataset:
@@ -55,7 +55,7 @@ def on_disk(tables: Iterator[pa.Table], file: Path, inputs: str) -> Dataset:
                     writer.write_table(table)
                     release()  # the rows that were read
         atomic_write_text(note, _note(file, inputs))
-    return Dataset(mapped_table(file))
+    return as_dataset(mapped_table(file))
 
 
 def _note(file: Path, inputs: str) -> str:
