@@ -251,10 +251,12 @@ def main() -> None:
     """Measure, print, save."""
     parser = options_of(__doc__.splitlines()[0], "scoring.json")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--bf16", action="store_true", help="all of it under autocast")
     options = parser.parse_args()
     models = {}
     for name, case in cases_of(options).items():
-        models[name] = measure(case(), options.repeats, options.device, options.methods)
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+            models[name] = measure(case(), options.repeats, options.device, options.methods)
         show(name, models[name])
     save(options, models)
 

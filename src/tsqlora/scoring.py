@@ -288,14 +288,21 @@ def score_samples(
     model = unwrapped(model)
     require_samples(model, dataset, collator)
     with ExitStack() as stack:
-        adapted = model
+        adapted, device = model, next(model.parameters()).device
         if not has_lora(model):
+            stack.callback(_back_to, model, device)
             adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
             steps = scorer.quality.adapt_steps
             steps = FEW if steps is None else steps
             adaptation = Adaptation(steps, learning_rate, batch_size or ADAPTED, seed)
             adapt_briefly(adapted, dataset, collator, adaptation)
         return scorer.score(adapted, dataset, reference)
+
+
+def _back_to(model: nn.Module, device: torch.device) -> None:
+    """The adaptation's Trainer may have moved it to an accelerator."""
+    if next(model.parameters()).device != device:
+        model.to(device)
 
 
 def _predictions(parts: Parts, labels: np.ndarray) -> dict[str, np.ndarray]:
