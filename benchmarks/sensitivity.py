@@ -22,6 +22,7 @@ from tsqlora.losses import infer_kind
 from tsqlora.sensitivity import FISHER, HESSIAN, WEIGHT_GRADIENT, Meter
 
 PLAIN, FULL = "plain forward and backward", "the same, every weight trained"
+SPECTRUM = "weight_gradient and 32 singular values"
 TARGET = 1.5
 
 
@@ -56,6 +57,7 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, dict[str, Any]]:
         }
         for estimator in (WEIGHT_GRADIENT, FISHER, HESSIAN):
             methods[estimator] = estimating(adapted, kind, estimator)
+        methods[SPECTRUM] = estimating(adapted, kind, WEIGHT_GRADIENT, 32)
         for method in methods.values():
             method(moved[:1])
         found = {
@@ -75,9 +77,11 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def estimating(model: nn.Module, kind: str, estimator: str) -> Callable[[list[Batch]], None]:
+def estimating(
+    model: nn.Module, kind: str, estimator: str, spectrum: int = 0
+) -> Callable[[list[Batch]], None]:
     """One estimator's pass; the meter has looked at the model before."""
-    meter = Meter(model, kind, estimator, 0)
+    meter = Meter(model, kind, estimator, 0, spectrum)
 
     def call(batches: list[Batch]) -> None:
         for batch in batches:
@@ -93,7 +97,7 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
     for name, found in results.items():
         target = f"  at most {TARGET:.2f}, 1.00" if name in (WEIGHT_GRADIENT, FISHER) else ""
         print(
-            f"  {name:32} {found['time_ratio']:5.2f}x time, memory: plain and "
+            f"  {name:39} {found['time_ratio']:5.2f}x time, memory: plain and "
             f"{found['room_used']:+.2f} of the largest gradient{target}"
         )
 

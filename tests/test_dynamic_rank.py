@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from test_adapter import planned_model
-from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
-from tsqlora.adapter import active_ranks, add_headroom
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tsqlora.adapter import active, active_ranks, add_headroom
 from tsqlora.callback import DynamicRankCallback
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule
 from tsqlora.errors import ModelError, TrainingError
@@ -53,6 +55,37 @@ def test_ranks_move_and_the_budget_holds_at_every_step() -> None:
         assert sum(move.pruned.values()) > 0
         assert sum(move.grown.values()) > 0
     assert ranks.history[-1].ranks == active_ranks(model)
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    st.sampled_from(["llama", "bert", "gpt2"]),
+    st.integers(0, 3),
+    st.tuples(st.floats(0.05, 0.4), st.floats(0.4, 0.9)),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.floats(0.05, 1),
+)
+def test_whatever_the_schedule_the_budget_holds_and_what_is_pruned_is_zero(
+    name: str, room: int, span: tuple[float, float], moves: int, window: int, share: float
+) -> None:
+    model, plan = planned_model(name)
+    add_headroom(model.train(), room)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2, weight_decay=0.1)
+    schedule = RankSchedule(*span, moves, window, share)
+    ranks = DynamicRank(model, optimizer, 12, plan, schedule)
+    expected = active_ranks(model)
+    for seed in range(12):
+        model(**tiny_batch(KINDS[name], seed=seed)).loss.backward()
+        move = ranks.step()
+        expected = move.ranks if move else expected
+        optimizer.step()
+        optimizer.zero_grad()
+        assert active_ranks(model) == expected
+        assert parameters_in_use(model) <= ranks.budget
+        for module in lora_modules(model):
+            assert not module.b.weight[:, ~active(module)].any()
+    assert ranks.frozen
 
 
 def test_in_8_bits_what_is_pruned_stays_exactly_zero_too() -> None:

@@ -18,7 +18,7 @@ from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
 
 
 @pytest.mark.parametrize("estimator", ["weight_gradient", "fisher"])
-@pytest.mark.parametrize("name", ["bert", "albert", "deberta-v2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["bert", "albert", "deberta-v2", "gpt2", "mixtral", "t5", "bart"])
 def test_every_module_agrees_with_a_loop_over_samples(name: str, estimator: str) -> None:
     kind = KINDS[name]
     model = with_lora(tiny_model(name, double=True), kind)

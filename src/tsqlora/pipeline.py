@@ -43,7 +43,7 @@ from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler
-from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
+from tsqlora.sensitivity import HESSIAN, LayerSensitivity, layer_sensitivity
 from tsqlora.starting import first_model, planned_model, trained_parameters
 from tsqlora.training import PoolTrainer, run_training
 from tsqlora.two_parts import first_steps, last_arguments, scorer_of
@@ -51,7 +51,7 @@ from tsqlora.two_parts import first_steps, last_arguments, scorer_of
 logger = logging.getLogger("tsqlora")
 
 SENSITIVITY_SAMPLES = 128
-"""Selected samples that the layer sensitivity is averaged over, at 1½ passes each."""
+"""Selected samples that the layer sensitivity is averaged over, at 1½ passes each (Hessian: 2)."""
 
 
 def train(config: RunConfig | str | Path, resume: bool = False) -> Path:
@@ -172,7 +172,8 @@ class Run:
         selected = self.inputs.splits.train.select(np.flatnonzero(scores.selected))
         model, ranks = self.warm_model, self.config.ranks
         logger.info("2/4 Layer sensitivity (%s)", ranks.sensitivity)
-        with counted(self.folder, "sensitivity", 1.5 * min(len(selected), SENSITIVITY_SAMPLES)):
+        each = 2.0 if ranks.sensitivity == HESSIAN else 1.5
+        with counted(self.folder, "sensitivity", each * min(len(selected), SENSITIVITY_SAMPLES)):
             sensitivity = layer_sensitivity(
                 model,
                 selected,
