@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +18,12 @@ from torch import Tensor
 import tsqlora as tsq
 from reference import looped_gradients, looped_lookahead, loss_of
 from test_per_sample_grads import checkpointed
-from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import KINDS, VOCABULARY, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.errors import ModelError
 from tsqlora.lookahead import one_step
 from tsqlora.per_sample_grads import Dots, Keep, PerSampleGradients, Sketch, SquaredNorms
+from tsqlora.scoring import Scorer
+from tsqlora.targets import resolve_targets
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EMBEDDINGS = {
@@ -47,7 +50,8 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 
 
 def relative(got: Tensor, true: Tensor) -> float:
-    return float((got - true).norm() / true.norm().clamp(min=1e-30))
+    error = (got - true).norm() / true.norm().clamp(min=1e-30)
+    return float(error.nan_to_num(nan=torch.inf))
 
 
 def error_of(
@@ -171,6 +175,40 @@ def test_every_way_to_adapt(
     if name == "albert":  # it has no checkpointing
         checkpointing = None
     assert error_of(model, kind, batch, checkpointing) < (1e-10 if double else 1e-5)
+
+
+def test_experts_that_are_linear_modules_are_exact_though_they_see_tokens_out_of_samples() -> None:
+    config = tf.SwitchTransformersConfig(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2,
+        num_heads=2, num_experts=3, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.SwitchTransformersForConditionalGeneration(config).eval()
+    model = with_lora(model, "seq2seq", target_modules=["wi", "wo", "q"])
+    batch = tiny_batch("seq2seq", samples=6)
+    true = torch.stack([flat(g).norm() for g in looped_gradients(model, "seq2seq", batch)])
+    found = Scorer(collate, batch_size=3).score(model, Dataset.from_list(rows_of(batch)))
+    assert relative(torch.from_numpy(found.gradient_norm), true.double()) < 1e-5
+
+
+def test_an_adapter_that_transformers_added() -> None:
+    model = tiny_model("llama", double=True)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert error_of(model.double(), "causal-lm", tiny_batch("causal-lm")) < 1e-10
+
+
+def test_all_linear_leaves_out_what_an_adapter_would_not_reach() -> None:
+    mamba = tiny_model("mamba")
+    assert {
+        name.rsplit(".", 1)[-1] for name in resolve_targets(mamba, "causal-lm", "all-linear")
+    } == {
+        "in_proj",
+        "x_proj",
+    }
+    body = torch.nn.Module()
+    body.weight_proj, body.fine = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert resolve_targets(body, "causal-lm", "all-linear") == ["fine"]
 
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "eva", "orthogonal"])

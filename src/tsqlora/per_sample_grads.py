@@ -236,7 +236,9 @@ class PerSampleGradients:
             self._reduce(gradient)
         if not self._reached:
             raise ModelError(
-                "The loss reaches no LoRA factor: is the adapter active and trainable?"
+                "The loss reaches none of the last layers' LoRA factors: set quality.depth to 1."
+                if self.replay
+                else "The loss reaches no LoRA factor: does the forward call their modules?"
             )
 
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

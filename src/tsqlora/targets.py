@@ -24,7 +24,8 @@ def resolve_targets(
 
     All linear modules but the output embedding and a classification head. In a mixture of experts,
     whose experts are stacked parameters or see tokens out of their samples, only what lies outside
-    them and their router; in Mamba, none whose weight is read past it.
+    them and their router; in Mamba, none whose weight is read past it. None with "weight" in its
+    name: PEFT puts the adapter's name before every "weight" of a key, and so loses what it loads.
     """
     if not isinstance(target_modules, str):
         return list(target_modules)
@@ -38,7 +39,7 @@ def resolve_targets(
     if any("experts" in n.split(".") for n, _ in model.named_parameters()):
         names = [n for n in names if not ROUTED & set(n.split("."))]
         names = [n for n in names if n.rsplit(".", 1)[-1] not in EXPERT_NAMES]
-    return [n for n in names if not _read_past(model, n)]
+    return [n for n in names if "weight" not in n and not _read_past(model, n)]
 
 
 def _read_past(model: nn.Module, name: str) -> bool:
