@@ -74,6 +74,8 @@ def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
     interrupted = InterruptCallback()
     trainer.add_callback(interrupted)
     trainer.add_callback(SealCallback(seconds_before(checkpoint)))
+    if checkpoint is not None:
+        logger.info("    going on from step %s", _step(checkpoint))
     with os_errors(trainer.args.output_dir or "."), handling(interrupted.interrupt):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupted.asked is not None:
