@@ -51,7 +51,7 @@ class LinearSite:
 
     def gradients(self, inputs: Tensor, gradients: Tensor) -> Iterator[Gradient]:
         """One gradient."""
-        yield self.name, _outer(gradients, inputs), None
+        yield self.name, outer(gradients, inputs), None
 
     def moved(self, deltas: Mapping[str, Gradient], lengths: set[int]) -> Hook | None:
         """X_i (W − delta_i)ᵀ."""
@@ -97,7 +97,7 @@ class EmbeddingSite:
         a, b = self.weights.values()
         scaled = gradients * self._scale()
         looked_up = F.embedding(ids, a.detach().T).to(scaled.dtype)
-        yield f"{self.name}.B", _outer(scaled, looked_up), None
+        yield f"{self.name}.B", outer(scaled, looked_up), None
         inner = scaled @ b.detach().to(scaled.dtype)
         padding = getattr(self.lora.base, "padding_idx", None)
         if padding is not None:  # PEFT looks A up with it, and that passes no gradient
@@ -131,7 +131,7 @@ class EmbeddingSite:
         return self.lora.scale if own is None else self.lora.scale * own
 
 
-def _outer(left: Tensor, right: Tensor) -> Tensor:
+def outer(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right (N, out, in), the narrow one first: BLAS is several times faster that way."""
     if left.shape[-1] <= right.shape[-1]:
         return torch.bmm(left.transpose(1, 2), right)

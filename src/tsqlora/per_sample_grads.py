@@ -128,7 +128,7 @@ class Sketch:
     def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
         """Add one factor's projection."""
         samples, rows, width = gradient.shape
-        signs = self._drawn(factor, rows, width if columns is None else columns.width, gradient)
+        signs = self.signs(factor, rows, width if columns is None else columns.width, gradient)
         if columns is None:
             share = self._folded((gradient * signs).flatten(1))
         else:
@@ -150,13 +150,15 @@ class Sketch:
         share[:, : signed.shape[1] - whole] += signed[:, whole:]
         return share
 
-    def _drawn(self, factor: str, rows: int, width: int, like: Tensor) -> Tensor:
-        if factor not in self._signs:
+    def signs(self, factor: str, rows: int, width: int, like: Tensor) -> Tensor:
+        """The factor's random signs (rows, width), of the type of `like`."""
+        signs = self._signs.get(factor)
+        if signs is None or signs.shape != (rows, width):  # ranks may have moved
             seed = zlib.crc32(f"{self.seed}/{factor}".encode())
             generator = torch.Generator().manual_seed(seed)
             signs = torch.randint(0, 2, (rows, width), generator=generator) * 2 - 1
-            self._signs[factor] = signs.to(like)
-        return self._signs[factor]
+            signs = self._signs[factor] = signs.to(like)
+        return signs
 
 
 class PerSampleGradients:

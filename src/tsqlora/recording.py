@@ -1,0 +1,251 @@
+"""Per-sample gradients from a training's own forward and backward.
+
+In a training step the loss is L = Σ w_i ℓ_i, w_i = 1/N for a mean over the batch, T_i / Σ T_j for a
+mean over target tokens, times what gradient accumulation, data-parallel averaging or loss scaling
+put on top. The backward of the modules that hold A and B forms w_i ∇ℓ_i by sample, keeps its norm
+and sketch, and gives Σ_i w_i ∇ℓ_i as the weight's gradient: what autograd would have formed, formed
+once, so that what comes after (accumulation, clipping, data-parallel reduction) goes on as ever. Dropout stays on: what is recorded is what trains.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tsqlora.errors import ModelError
+from tsqlora.factors import LinearSite, outer, sites
+from tsqlora.hooks import by_sample
+from tsqlora.lora_layers import lora_modules
+from tsqlora.losses import CAUSAL_LM, REGRESSION, sample_losses, target_lengths
+from tsqlora.per_sample_grads import Sketch
+
+TOLERANCE = 0.01
+"""Relative error that low precision may cause between a loss and its samples'."""
+AT_ONCE = 2**17
+"""Numbers that are reduced together."""
+
+
+class Recorder:
+    """Records every sample's factor gradients while a batch of a training goes forward and back.
+
+    Use::
+
+        recorder = Recorder(model)
+        with recorder.recording():
+            losses = sample_losses(kind, model(**batch).logits, batch["labels"])
+            recorder.expect(len(losses))
+            (weights * losses).sum().backward()
+            norms, sketches = recorder.take(weights)
+
+    Several forwards and backwards may follow each other inside, one `expect` and `take` each.
+
+    Raises:
+        ModelError: the model has no LoRA adapter, or adapts something else than linear modules.
+    """
+
+    def __init__(self, model: nn.Module, sketched: bool = True, seed: int = 0) -> None:
+        held = sites(lora_modules(model))
+        self.sites = [site for site in held if isinstance(site, LinearSite)]
+        self._tally = _Tally(Sketch(seed=seed) if sketched else None)
+        self._lengths: set[int] = set()
+        self._calls: Counter[str] = Counter()
+        self._sums: dict[str, Tensor] = {}
+        self._samples: int | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, forwards with gradients are recorded, in training mode or not."""
+        self._forget()
+        for site in self.sites:
+            site.module.forward = self._recorded(site)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for site in self.sites:
+                del site.module.forward
+            self._forget()
+
+    def expect(self, samples: int) -> None:
+        """The backward that comes next is that of so many samples."""
+        self._samples = samples
+
+    def take(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """‖∇ℓ_i‖ (N) and the sketches of ∇ℓ_i (N, k) after a backward of Σ w_i ℓ_i; 0 where w_i is.
+
+        Raises:
+            ModelError: the backward reached no LoRA factor.
+        """
+        for name, values in self._sums.items():  # of which some call had no part in the loss
+            self._tally.add(name, values)
+        found = self._tally.take()
+        self._forget()
+        if found is None:
+            raise ModelError("The training's loss reaches no LoRA factor: is the adapter active?")
+        norms, sketches = found
+        inverse = torch.where(weights == 0, 0, 1 / weights).to(norms)
+        return norms * inverse.abs(), None if sketches is None else sketches * inverse[:, None]
+
+    def _forget(self) -> None:
+        self._calls.clear()
+        self._sums.clear()
+        self._lengths.clear()
+        self._samples = None
+        self._tally.take()
+
+    def _recorded(self, site: LinearSite) -> Callable[[Tensor], Tensor]:
+        original, module = site.module.forward, site.module
+
+        def sink(entered: Tensor, gradient: Tensor) -> Tensor:
+            return self._consume(site.name, entered, gradient)
+
+        def forward(entered: Tensor) -> Tensor:
+            if self._samples is None:  # a forward of its own, not checkpointing's second one
+                self._calls[site.name] += 1
+                if entered.dim() == 3:
+                    self._lengths.add(entered.shape[1])
+            if not torch.is_grad_enabled():
+                return original(entered)
+            output = _Recorded.apply(entered, module.weight, sink)
+            assert isinstance(output, Tensor)
+            return output if module.bias is None else output + module.bias
+
+        return forward
+
+    def _consume(self, name: str, entered: Tensor, gradient: Tensor) -> Tensor:
+        """Take in one call's (X, D); gives Σ_i D_iᵀ X_i."""
+        assert self._samples is not None, "a backward without `expect`"
+        inputs = by_sample(entered, self._samples, self._lengths).to(gradient.dtype)
+        values = outer(by_sample(gradient, self._samples, self._lengths), inputs)
+        before = self._sums.pop(name, None)
+        total = values if before is None else before + values
+        self._calls[name] -= 1
+        if self._calls[name]:
+            self._sums[name] = total
+        else:
+            self._tally.add(name, total)
+        return values.sum(0)
+
+
+class _Recorded(torch.autograd.Function):
+    """y = x Wᵀ whose backward hands (x, ∂y) to the sink and takes W's gradient from it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, entered: Tensor, weight: Tensor, sink: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(entered, weight)
+        ctx.sink = sink
+        return F.linear(entered, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        entered, weight = ctx.saved_tensors
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = (gradient @ weight.to(gradient.dtype)).to(entered.dtype)
+        return back, ctx.sink(entered, gradient).to(weight.dtype), None
+
+
+class _Tally:
+    """‖g_i‖ and `Sketch` of gradients that come factor by factor, reduced some `AT_ONCE`.
+
+    The factors' numbers lie side by side, each factor filled up with zeros to whole sketches, so
+    that one product with the signs and one sum serve many factors.
+    """
+
+    def __init__(self, sketch: Sketch | None) -> None:
+        self.sketch = sketch
+        self._waiting: list[tuple[str, Tensor]] = []
+        self._squares: Tensor | None = None
+        self._total: Tensor | None = None
+        self._signs: dict[tuple[object, ...], Tensor] = {}
+
+    def add(self, factor: str, values: Tensor) -> None:
+        """`values` (N, rows, columns) of one factor."""
+        self._waiting.append((factor, values))
+        if sum(each.numel() for _, each in self._waiting) >= AT_ONCE:
+            self._reduce()
+
+    def take(self) -> tuple[Tensor, Tensor | None] | None:
+        """Norms (N) and sketches (N, k) of what came since the last time; None if nothing did."""
+        self._reduce()
+        squares, total = self._squares, self._total
+        self._squares = self._total = None
+        return None if squares is None else (squares.sqrt(), total)
+
+    def _reduce(self) -> None:
+        if not self._waiting:
+            return
+        row = self._side_by_side()
+        squares = torch.linalg.vector_norm(row, dim=1).square()
+        self._squares = squares if self._squares is None else self._squares + squares
+        if self.sketch is not None:
+            folded = row.mul_(self._row_of_signs(row)).unflatten(1, (-1, self.sketch.size)).sum(1)
+            self._total = folded if self._total is None else self._total + folded
+        self._waiting.clear()
+
+    def _side_by_side(self) -> Tensor:
+        size = 1 if self.sketch is None else self.sketch.size
+        first = self._waiting[0][1]
+        ends = list(accumulate(-(-v[0].numel() // size) * size for _, v in self._waiting))
+        kept = torch.float64 if first.dtype == torch.float64 else torch.float32
+        row = first.new_empty(len(first), ends[-1], dtype=kept)
+        for (_, values), start, end in zip(self._waiting, [0, *ends], ends, strict=False):
+            filled = start + values[0].numel()
+            row[:, start:filled].unflatten(1, values.shape[1:]).copy_(values)
+            row[:, filled:end] = 0
+        return row
+
+    def _row_of_signs(self, like: Tensor) -> Tensor:
+        assert self.sketch is not None
+        key = tuple((name, *values.shape[1:]) for name, values in self._waiting)
+        if key not in self._signs:
+            pieces = []
+            for name, values in self._waiting:
+                signs = self.sketch.signs(name, values.shape[1], values.shape[2], like).flatten()
+                pieces += [signs, signs.new_zeros(-len(signs) % self.sketch.size)]
+            self._signs[key] = torch.cat(pieces)
+        return self._signs[key]
+
+
+def summed_loss(kind: str, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Σ over samples, or over all target tokens, of the loss that is trained, labels smoothed."""
+    if smoothing == 0 or kind == REGRESSION:
+        return (sample_losses(kind, logits, labels) * target_lengths(kind, labels)).sum()
+    if kind == CAUSAL_LM:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    flat = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(
+        flat.float(), labels.reshape(-1), reduction="sum", label_smoothing=smoothing
+    )
+
+
+def sample_weights(
+    lengths: Tensor, total: Tensor, loss: Tensor, items: float | None = None
+) -> Tensor:
+    """w_i (N) in the Trainer's loss L = Σ w_i ℓ_i, before what it does to L afterwards.
+
+    With T_i = `lengths` and `total` = Σ T_i ℓ_i: w_i = T_i / Σ T_j, a mean over this batch, or
+    T_i / `items`, over all that is accumulated. Which of the two, L itself tells.
+
+    Raises:
+        ModelError: L is neither, so the samples' shares in it are not known.
+    """
+    trained, found = float(total), float(loss)
+    denominators = [max(float(d), 1e-30) for d in (lengths.sum(), items) if d is not None]
+    errors = [abs(trained / d - found) for d in denominators]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    if errors[best] > TOLERANCE * max(abs(found), 1e-3):
+        raise ModelError(
+            f"The training loss ({found:.4g}) is not the mean of its samples' or tokens' losses "
+            f"({trained / denominators[best]:.4g}): something is added to it, such as a router's "
+            "loss, so samples cannot be scored from it. Use quality.mode: upfront."
+        )
+    return lengths / denominators[best]
