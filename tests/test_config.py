@@ -185,6 +185,16 @@ def test_the_exact_budget_replaces_the_default_mean_rank() -> None:
     assert (ranks.mean_rank, ranks.parameters) == (None, 10_000)
 
 
+def test_the_mode_of_scoring_chooses_its_own_defaults() -> None:
+    online = RunConfig.from_dict(changed("quality", {"mode": "online"}))
+    assert (online.quality.fraction, online.quality.weights.loss_reduction) == (0.5, 0.0)
+    assert online.quality.weights.gradient_norm == online.quality.weights.convergence == 1.0
+    none = RunConfig.from_dict(changed("quality", {"mode": "none"}))
+    assert none.quality.fraction == 1.0
+    for config in (online, none):
+        assert RunConfig.from_dict(config.to_dict()) == config
+
+
 # Each: the key, a bad value, what the message says.
 BAD = [
     ("quality.fraction", 0, "quality.fraction must be a number above 0 and at most 1, not 0"),
@@ -194,8 +204,12 @@ BAD = [
     ("quality.temperature", 0, "quality.temperature must be a number above 0"),
     ("quality.temperature", ".inf", "quality.temperature must be a number above 0"),
     ("quality.preset", "papr", "quality.preset must be default or paper, not 'papr'"),
-    ("quality.mode", "sometimes", "quality.mode must be upfront or online"),
-    ("quality.mode", "online", "online is not available yet; use upfront"),
+    ("quality.mode", "sometimes", "quality.mode must be upfront, online or none, not 'sometimes'"),
+    ("quality", {"mode": "online", "weights": {"loss_reduction": 1}}, "takes a forward of its own"),
+    ("quality", {"mode": "online", "preset": "paper"}, "quality.preset: paper is for quality.mode"),
+    ("quality", {"mode": "online", "reference": "r"}, "quality.reference is for quality.mode"),
+    ("quality", {"mode": "online", "depth": 0.1}, "quality.depth is for quality.mode: upfront"),
+    ("quality", {"mode": "none", "fraction": 0.3}, "quality.mode: none draws all samples"),
     ("quality.lookahead", "third", "must be exact, first_order or second_order, not 'third'"),
     ("quality.depth", 0, "quality.depth must be a number above 0 and at most 1, not 0"),
     ("quality.depth", 1.1, "not 1.1"),
@@ -299,7 +313,7 @@ def test_a_required_key_is_asked_for(key: str) -> None:
 
 def test_all_problems_are_reported_together() -> None:
     mapping = copy.deepcopy(dict(GOOD))
-    mapping |= {"quality": {"fraction": 2, "mode": "online"}, "ranks": {"min_rank": 40}, "sed": 1}
+    mapping |= {"quality": {"fraction": 2, "mode": "offline"}, "ranks": {"min_rank": 40}, "sed": 1}
     mapping["training"] = {"seed": 3, "max_steps": 1.5}
     mapping["data"] = {"train": "t", "max_length": 0}
     del mapping["output"]

@@ -16,7 +16,7 @@ from typing import Any
 from tsqlora import __version__
 from tsqlora.claims import claimed
 from tsqlora.config import RunConfig
-from tsqlora.errors import TsqloraError
+from tsqlora.errors import ConfigError, TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
 
 Result = dict[str, Any]
@@ -210,6 +210,11 @@ def _run(arguments: argparse.Namespace) -> Any:
 
         processes.join()  # so that one speaks for all
     config = RunConfig.from_yaml(arguments.config, arguments.set)
+    if arguments.verb == "score" and (mode := config.quality.mode) != "upfront":
+        raise ConfigError(
+            f"quality.mode: {mode} scores nothing before the training: use `tsqlora train`, or "
+            "add --set quality.mode=upfront."
+        )
     if _is_first():
         arguments.held.enter_context(claimed(config.output))
     from tsqlora.pipeline import Run

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -26,9 +26,6 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "causal-lm": ("loss", "perplexity", "exact_match", "rouge", "bleu"),
 }
 """The metrics of each task."""
-
-MODES = ("upfront",)
-"""The values of quality.mode that work in this release."""
 
 _REFUSED = {
     "output_dir": "set `output`",
@@ -98,6 +95,10 @@ class QualityConfig:
 
     `batch_size` of the longest samples come in a batch while they are measured, and of shorter ones
     more: null is the training's, `auto` is found by trial. Where memory runs out they are halved.
+
+    `mode: upfront` scores the pool once, before the training. `online` scores samples by the passes
+    that train on them: the first epoch is drawn uniformly, each later one by what was seen so far;
+    without the loss reduction, which takes passes of its own. `none` scores nothing and draws all.
     """
 
     fraction: _Share = 0.5
@@ -105,11 +106,17 @@ class QualityConfig:
     temperature: _Positive = 1.0
     preset: Literal["default", "paper"] = "default"
     reference: _Path | None = None
-    mode: Literal["upfront", "online"] = "upfront"
+    mode: Literal["upfront", "online", "none"] = "upfront"
     adapt_steps: _CountOrZero | None = None
     lookahead: Literal["exact", "first_order", "second_order"] = "exact"
     depth: _Share = 1.0
     batch_size: Literal["auto"] | _Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode == "none" and self.fraction == type(self).fraction:
+            object.__setattr__(self, "fraction", 1.0)
+        if self.mode == "online" and self.weights.loss_reduction == QualityWeights.loss_reduction:
+            object.__setattr__(self, "weights", replace(self.weights, loss_reduction=0.0))
 
 
 @dataclass(frozen=True)
@@ -226,9 +233,11 @@ def _checked(mapping: Any) -> tuple[dict[str, Any], list[str]]:
     values = read(RunConfig, mapping, "", problems)
     if isinstance(training := values.get("training"), dict) and training:
         values["training"] = _fit_training(training, problems)
+    given = mapping if isinstance(mapping, Mapping) else {}
     if not any(problem.startswith("ranks") for problem in problems):
-        given = mapping.get("ranks") if isinstance(mapping, Mapping) else None
-        problems.extend(_rank_conflicts(values["ranks"], given or {}))
+        problems.extend(_rank_conflicts(values["ranks"], given.get("ranks") or {}))
+    if not any(problem.startswith("quality") for problem in problems):
+        problems.extend(_mode_conflicts(values["quality"], given.get("quality") or {}))
     return values, [*problems, *_conflicts(values)]
 
 
@@ -278,6 +287,24 @@ def _rank_conflicts(ranks: RanksConfig, given: Mapping[str, Any]) -> Iterator[st
         yield f"ranks.mean_rank ({mean}) must lie from min_rank ({low}) to max_rank ({high})"
 
 
+def _mode_conflicts(quality: QualityConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    mode, only = quality.mode, "is for quality.mode: upfront; leave it out"
+    if mode == "none" and given.get("fraction", 1) != 1:
+        yield "quality.fraction: quality.mode: none draws all samples; leave it out"
+    if mode == "online" and (given.get("weights") or {}).get("loss_reduction", 0) != 0:
+        yield (
+            "quality.weights.loss_reduction takes a forward of its own, which quality.mode: online "
+            "does without; set it to 0, or use mode: upfront"
+        )
+    if mode != "upfront":
+        if quality.preset == "paper":
+            yield f"quality.preset: paper {only}"
+        if quality.reference is not None:
+            yield f"quality.reference {only}"
+        if quality.depth < 1:
+            yield f"quality.depth {only}"
+
+
 def _conflicts(run: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between fields; values that are bad on their own are let pass."""
     task, data, quality = run["task"], run["data"], run["quality"]
@@ -295,8 +322,6 @@ def _conflicts(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"target_tokenizer is for seq2seq, not for {task}: leave it out"
     if quality.reference == "validation" and data.validation is None:
         yield "quality.reference: validation needs data.validation"
-    if quality.mode == "online" and quality.mode not in MODES:
-        yield "quality.mode: online is not available yet; use upfront"
     for name in metrics if known and isinstance(metrics, tuple) else ():
         if name not in known:
             yield f"metrics: {name} is not a metric of {task}; choose from {', '.join(known)}"

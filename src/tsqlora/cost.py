@@ -40,6 +40,15 @@ def counted(folder: RunFolder, stage: str, passes: float, before: float = 0.0) -
             folder.update_metrics({"cost": _cost(folder, stages, peak or peak_memory())})
 
 
+def scored_inside(folder: RunFolder, inside: float, seconds: float, passes: float) -> None:
+    """Note what scoring took, of which the seconds `inside` were counted as training until now."""
+    stages = _stages(folder)
+    stages["scores"] = {"seconds": round(seconds, 3), "passes": passes}
+    training = stages["training"]
+    training["seconds"] = round(max(0.0, training["seconds"] - inside), 3)
+    folder.update_metrics({"cost": _cost(folder, stages, peak_memory())})
+
+
 def record_parameters(folder: RunFolder, parameters: int) -> None:
     """Note how many parameters were trained: the plan's and modules_to_save."""
     cost = _read(folder)

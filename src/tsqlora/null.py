@@ -12,7 +12,7 @@ from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses
 from tsqlora.measuring import as_numpy
 from tsqlora.memory import Halving
 from tsqlora.mismatch import mismatched_pairs
-from tsqlora.parts import Parts
+from tsqlora.parts import Measured
 
 NULL_SAMPLES = 500
 """Mismatched pairs that make the null where it takes passes of its own (generation)."""
@@ -24,7 +24,7 @@ Null = tuple[np.ndarray, np.ndarray]
 """Losses of wrong targets (M), and the class that each names (M)."""
 
 
-def null_of_outputs(parts: Parts, kind: str, seed: int) -> Null:
+def null_of_outputs(parts: Measured, kind: str, seed: int) -> Null:
     """Of a class or number: each sample's stored output against another one's target."""
     labels = parts.column("label")
     partners = others(labels, np.random.default_rng(seed))
@@ -40,10 +40,16 @@ def null_of_outputs(parts: Parts, kind: str, seed: int) -> Null:
 
 
 def null_of_pairs(
-    model: nn.Module, kind: str, dataset: Dataset, collator: Collator, batch_size: int, seed: int
+    model: nn.Module,
+    kind: str,
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    seed: int,
+    most: int = NULL_SAMPLES,
 ) -> Null:
-    """Of generation: inputs paired with other samples' targets, a forward each."""
-    wrong = mismatched_pairs(subset(dataset, NULL_SAMPLES, seed), kind)
+    """Of generation: at most so many inputs paired with others' targets, a forward each."""
+    wrong = mismatched_pairs(subset(dataset, most, seed), kind)
     losses = np.zeros(0 if wrong is None else len(wrong))
     if wrong is not None:
         pool, halving = Pool(model, wrong, collator, batch_size), Halving()

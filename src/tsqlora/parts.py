@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,20 @@ from tsqlora.errors import RunError
 from tsqlora.seals import checksum
 
 logger = logging.getLogger("tsqlora")
+
+
+class Measured(Protocol):
+    """Columns of what was measured of some samples, wherever they are kept."""
+
+    @property
+    def names(self) -> list[str]:
+        """The columns."""
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers in the order of the samples."""
+
+    def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(positions, values) of a column, some samples at a time, always in the same order."""
 
 
 class Parts:
@@ -139,7 +154,7 @@ class StoredSketches:
         size: numbers in a sketch.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Measured) -> None:
         self.parts = parts
         self.size = next(parts.blocks("sketch"))[1].shape[1]
 

@@ -35,6 +35,7 @@ from tsqlora.finished import FinishedRun, finish, measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
+from tsqlora.online_training import keep_scores, pool_trainer
 from tsqlora.preflight import check_config, check_run
 from tsqlora.quality import QualityScores
 from tsqlora.rank_rules import MARGINAL_GAIN
@@ -42,10 +43,10 @@ from tsqlora.report import write_report
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
-from tsqlora.selection import QualitySampler
+from tsqlora.selection import QualitySampler, unscored
 from tsqlora.sensitivity import HESSIAN, LayerSensitivity, layer_sensitivity
 from tsqlora.starting import first_model, planned_model, trained_parameters
-from tsqlora.training import PoolTrainer, run_training
+from tsqlora.training import run_training
 from tsqlora.two_parts import first_steps, last_arguments, scorer_of
 
 logger = logging.getLogger("tsqlora")
@@ -122,17 +123,21 @@ class Run:
 
     def _adapt(self, model: PeftModel, inputs: str) -> None:
         """In one process, whatever their number, so that all score under the same model."""
-        check_run(self.config, model, self.inputs.splits)
+        task, pool = self.inputs.task, self.inputs.splits.train
+        check_run(self.config, model, self.inputs.splits, task.collate)
         first, folder = self.first, self.folder.adapting
         prepare_folder(folder, inputs)
         before = seconds_before(last_checkpoint(folder))
         passes = first.steps * first.batch
         logger.info("0/4 Brief adaptation: %d steps of %d samples", first.steps, first.batch)
         with processes.alone(), counted(self.folder, "adaptation", passes, before):
-            adapt_briefly(model, self.inputs.splits.train, self.inputs.task.collate, first, folder)
+            adapt_briefly(model, pool, task.collate, first, folder)
 
     def score(self) -> QualityScores:
-        """Stage 1: the quality of every sample."""
+        """Stage 1: the quality of every sample; all alike where none is scored before training."""
+        if (mode := self.config.quality.mode) != "upfront":
+            ids, fraction = self.inputs.splits.train["id"], self.config.quality.fraction
+            return unscored(np.asarray(ids), fraction, self.config.seed, f"quality.mode: {mode}")
         if self._done("scores", self.folder.scores):
             logger.info("1/4 Quality scores: there already")
         else:
@@ -239,7 +244,7 @@ class Run:
             compact=self.config.ranks.compact,
             resume_from=checkpoint,
         )
-        trainer = PoolTrainer(
+        trainer = pool_trainer(self.scorer)(
             sampler,
             model=model,
             args=self.arguments,
@@ -251,6 +256,7 @@ class Run:
         logger.info(f"4/4 Training: {len(sampler)} samples an epoch")
         with counted(self.folder, "training", trainer.passes(), seconds_before(checkpoint)):
             run_training(trainer, checkpoint)
+        keep_scores(trainer, self.folder)
         if processes.is_main():
             self._save_log(trainer.state.log_history)
             record_parameters(self.folder, trained_parameters(model, plan))

@@ -6,16 +6,23 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
 
 from tsqlora import processes
 from tsqlora.allocation import check_ranks
+from tsqlora.batches import Collator, Pool, evaluating, try_out
 from tsqlora.config import RunConfig
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.inputs import Splits
 from tsqlora.lora_layers import lora_modules
+from tsqlora.losses import target_lengths
+from tsqlora.online_training import refuse_shards
+from tsqlora.per_sample_grads import PROBED, separable
 from tsqlora.quantized import Quantization
+from tsqlora.recording import Recorder, sample_weights, summed_loss
 from tsqlora.selection import draw_size
 from tsqlora.starting import initial_adapter
 from tsqlora.training import training_arguments
@@ -41,8 +48,32 @@ def check_config(config: RunConfig) -> None:
         raise ConfigError("ranks.compact is for a single process: leave it out.")
 
 
-def check_run(config: RunConfig, model: PeftModel, splits: Splits) -> None:
+def check_recordable(model: PeftModel, kind: str, dataset: Dataset, collator: Collator) -> None:
+    """Check on the longest samples that a training can tell them apart (quality.mode: online).
+
+    Raises:
+        ModelError: it cannot, or the model cannot take them at all.
+    """
+    try_out(model, kind, dataset, collator)
+    Recorder(model)
+    longest = Pool(model, dataset, collator, PROBED)
+    _, batch = next(longest.take(longest.plan[0][:PROBED]))
+    with evaluating(model):
+        if not separable(model, kind, batch):
+            raise ModelError(
+                f"{type(model.get_base_model()).__name__} has a layer in which a batch's samples "
+                "cannot be told apart, so a training cannot score them: use quality.mode: upfront."
+            )
+        with torch.no_grad():
+            found, lengths = model(**batch), target_lengths(kind, batch["labels"])
+            total = summed_loss(kind, found.logits, batch["labels"])
+            sample_weights(lengths, total, found.loss, float(lengths.sum()))
+
+
+def check_run(config: RunConfig, model: PeftModel, splits: Splits, collator: Collator) -> None:
     """Check `ranks` against the adapted modules, and `training` by making a Trainer of it.
+
+    With quality.mode: online also that the training can score its samples.
 
     Raises:
         ConfigError: ranks that a module cannot take, a budget that is too small, or what the
@@ -70,3 +101,6 @@ def check_run(config: RunConfig, model: PeftModel, splits: Splits) -> None:
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
         except Exception as error:  # whatever the libraries behind a key raise, the user mends it
             raise ConfigError(f"training: {error}") from error
+    if config.quality.mode == "online":
+        refuse_shards(arguments, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled)
+        check_recordable(model, config.task, splits.train, collator)

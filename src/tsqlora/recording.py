@@ -1,10 +1,11 @@
 """Per-sample gradients from a training's own forward and backward.
 
-In a training step the loss is L = Σ w_i ℓ_i, w_i = 1/N for a mean over the batch, T_i / Σ T_j for a
-mean over target tokens, times what gradient accumulation, data-parallel averaging or loss scaling
-put on top. The backward of the modules that hold A and B forms w_i ∇ℓ_i by sample, keeps its norm
-and sketch, and gives Σ_i w_i ∇ℓ_i as the weight's gradient: what autograd would have formed, formed
-once, so that what comes after (accumulation, clipping, data-parallel reduction) goes on as ever. Dropout stays on: what is recorded is what trains.
+In a training step the loss is L = Σ w_i ℓ_i, w_i the sample's share of the step's labels or target
+tokens, times what data-parallel averaging or loss scaling put on top. The backward of the modules
+that hold A and B forms w_i ∇ℓ_i by sample, keeps its norm and sketch, and gives Σ_i w_i ∇ℓ_i as the
+weight's gradient: what autograd would have formed, formed once, so that what comes after
+(accumulation, clipping, data-parallel reduction) goes on as ever. Dropout stays on: what is
+recorded is what trains.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Recorder:
         """Inside, forwards with gradients are recorded, in training mode or not."""
         self._forget()
         for site in self.sites:
-            site.module.forward = self._recorded(site)  # type: ignore[method-assign]
+            site.module.forward = self._recorded(site)  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
@@ -227,25 +228,19 @@ def summed_loss(kind: str, logits: Tensor, labels: Tensor, smoothing: float = 0.
     )
 
 
-def sample_weights(
-    lengths: Tensor, total: Tensor, loss: Tensor, items: float | None = None
-) -> Tensor:
-    """w_i (N) in the Trainer's loss L = Σ w_i ℓ_i, before what it does to L afterwards.
+def sample_weights(lengths: Tensor, total: Tensor, loss: Tensor, targets: float) -> Tensor:
+    """w_i = T_i / `targets` (N), the shares of ℓ_i in a loss L = Σ T_i ℓ_i / `targets`.
 
-    With T_i = `lengths` and `total` = Σ T_i ℓ_i: w_i = T_i / Σ T_j, a mean over this batch, or
-    T_i / `items`, over all that is accumulated. Which of the two, L itself tells.
+    T_i = `lengths`, `total` = Σ T_i ℓ_i, `loss` = L.
 
     Raises:
-        ModelError: L is neither, so the samples' shares in it are not known.
+        ModelError: L is something else, so the samples' shares in it are not known.
     """
-    trained, found = float(total), float(loss)
-    denominators = [max(float(d), 1e-30) for d in (lengths.sum(), items) if d is not None]
-    errors = [abs(trained / d - found) for d in denominators]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    if errors[best] > TOLERANCE * max(abs(found), 1e-3):
+    mean, found = float(total) / targets, float(loss)
+    if abs(mean - found) > TOLERANCE * max(abs(found), 1e-3):
         raise ModelError(
             f"The training loss ({found:.4g}) is not the mean of its samples' or tokens' losses "
-            f"({trained / denominators[best]:.4g}): something is added to it, such as a router's "
-            "loss, so samples cannot be scored from it. Use quality.mode: upfront."
+            f"({mean:.4g}): something is added to it, such as a router's loss, so samples cannot "
+            "be scored from it. Use quality.mode: upfront."
         )
-    return lengths / denominators[best]
+    return lengths / targets

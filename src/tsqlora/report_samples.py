@@ -30,7 +30,7 @@ CUT = 300
 CLASSES = 40
 """At most so many classes are listed; the rest are taken together."""
 TERMS = {
-    "loss": "ℓ after the brief adaptation, before training",
+    "loss": "ℓ when it was scored: after the brief adaptation, or at its last visit",
     "gradient_norm": "‖∇ℓ‖₂: how strongly the sample pulls at the adapter",
     "loss_reduction": "Δℓ: what one step on the sample alone would gain",
     "convergence": "ΔC: how far its gradient agrees with the others'",

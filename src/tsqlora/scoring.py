@@ -33,7 +33,7 @@ from tsqlora.losses import CLASSIFICATION, infer_kind
 from tsqlora.mapped import release
 from tsqlora.measuring import Columns, Direction, Meter, Wanted
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
-from tsqlora.parts import Parts, StoredSketches
+from tsqlora.parts import Measured, Parts, StoredSketches
 from tsqlora.per_sample_grads import PROBED
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw
@@ -64,6 +64,7 @@ class Scorer:
             fewer of all once memory has run out. None: found by trial (`fitting.py`).
         seed: of the draws and the null.
         bf16: whether forwards run under autocast to bfloat16, as the training's do.
+        null_samples: mismatched pairs at most.
     """
 
     collator: Collator
@@ -72,6 +73,7 @@ class Scorer:
     batch_size: int | None = None
     seed: int = 0
     bf16: bool = False
+    null_samples: int = NULL_SAMPLES
 
     @property
     def wanted(self) -> Wanted:
@@ -96,7 +98,7 @@ class Scorer:
     def passes(self, kind: str, samples: int, trusted: int = 0) -> float:
         """Passes it takes to score so many samples and a reference; a forward alone counts ½."""
         trusted = trusted if self.quality.preset == "default" else 0
-        null = 0 if kind in FREE else min(samples, NULL_SAMPLES)
+        null = 0 if kind in FREE else min(samples, self.null_samples)
         halves = self.wanted.halves * samples + self.wanted_of_reference.halves * trusted
         return 0.5 * (halves + null)
 
@@ -133,7 +135,7 @@ class Scorer:
             raise DataError("The reference is empty: give trusted samples, or none at all.")
         share = share or (processes.index(), processes.count())
         direction: Direction | None = None
-        with evaluating(model), self._autocast(model):
+        with evaluating(model), self.autocast(model):
             batch_size = self._found(model, dataset, folder, inputs, share)
             for what, rows in self._named(dataset, reference):
                 wanted = self.wanted_of_reference if what == REFERENCE else self.wanted
@@ -167,14 +169,15 @@ class Scorer:
     def _judged(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None, folder: Path
     ) -> QualityScores:
-        with self._autocast(model):
+        with self.autocast(model):
             *trusted, pool = (
-                self._measurements(Parts(folder / what, len(rows)), model, rows, what == POOL)
+                self.measurements(Parts(folder / what, len(rows)), model, rows, what == POOL)
                 for what, rows in self._named(dataset, reference)
             )
         return quality_scores(pool, self.quality, *trusted)
 
-    def _autocast(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def autocast(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside, forwards are in the precision of the training's."""
         device = next(model.parameters()).device.type
         return torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
 
@@ -221,8 +224,8 @@ class Scorer:
                 parts.write(number, columns, halvings, units, began - before)
                 release()
 
-    def _measurements(
-        self, parts: Parts, model: nn.Module, rows: Dataset, null: bool
+    def measurements(
+        self, parts: Measured, model: nn.Module, rows: Dataset, null: bool
     ) -> Measurements:
         """What was measured, in the data set's order; wrong targets' losses only with `null`."""
         kind, names = infer_kind(model), parts.names
@@ -235,8 +238,12 @@ class Scorer:
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
         elif null:
-            batch_size = self.batch_size or read_json(parts.folder.parent / BATCH)["batch_size"]
-            found = null_of_pairs(model, kind, rows, self.collator, batch_size, self.seed)
+            batch_size = self.batch_size
+            if batch_size is None:
+                assert isinstance(parts, Parts), "the size was found when the parts were measured"
+                batch_size = int(read_json(parts.folder.parent / BATCH)["batch_size"])
+            how = self.collator, batch_size, self.seed, self.null_samples
+            found = null_of_pairs(model, kind, rows, *how)
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows), np.int32)
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
@@ -305,7 +312,7 @@ def _back_to(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def _predictions(parts: Parts, labels: np.ndarray) -> dict[str, np.ndarray]:
+def _predictions(parts: Measured, labels: np.ndarray) -> dict[str, np.ndarray]:
     """How sure the model is of its first class, and whether the label is that class (N each)."""
     confidence = np.zeros(len(labels), dtype=np.float32)
     agrees = np.zeros(len(labels), dtype=bool)

@@ -71,6 +71,27 @@ def select_samples(
     return dataset.select(np.unique(draw(scores.probability, fraction, seed)))
 
 
+def unscored(ids: NDArray[np.integer], fraction: float, seed: int, verdict: str) -> QualityScores:
+    """What the scores are where nothing was measured: all samples alike, NaN for every term."""
+    samples = len(ids)
+    unknown = np.full(samples, np.nan)
+    probability = np.full(samples, 1 / samples)
+    selected = np.zeros(samples, dtype=bool)
+    selected[draw(probability, fraction, seed)] = True
+    return QualityScores(
+        ids=ids,
+        loss=unknown,
+        gradient_norm=unknown,
+        loss_reduction=unknown,
+        convergence=unknown,
+        credibility=np.ones(samples),
+        quality=np.zeros(samples),
+        probability=probability,
+        selected=selected,
+        verdict=verdict,
+    )
+
+
 class QualitySampler(Sampler[int]):
     """A torch Sampler that draws ⌈fraction·N⌉ positions afresh each epoch by `scores.probability`.
 

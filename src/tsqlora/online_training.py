@@ -1,0 +1,243 @@
+"""A Trainer that scores its samples as it trains on them, and draws the next epoch by that."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsqlora import processes
+from tsqlora.artefacts import atomic_file
+from tsqlora.cost import scored_inside
+from tsqlora.errors import ConfigError, TrainingError
+from tsqlora.global_batches import SPARE
+from tsqlora.losses import sample_losses, target_lengths
+from tsqlora.measuring import as_numpy
+from tsqlora.null import FREE
+from tsqlora.online import POSITION, OnlineScorer, Visits
+from tsqlora.quality import QualityScores
+from tsqlora.recording import Recorder, sample_weights, summed_loss
+from tsqlora.run_folder import RunFolder
+from tsqlora.scoring import Scorer
+from tsqlora.selection import QualitySampler
+from tsqlora.training import PoolTrainer
+
+logger = logging.getLogger("tsqlora")
+
+STATE_FILE = "online.safetensors"
+
+
+@dataclass
+class _Batch:
+    """What a training forward has left to be completed by the backward."""
+
+    columns: dict[str, Tensor]
+    weights: Tensor
+
+    def scaled(self, gradient: Tensor) -> None:
+        """A hook on the loss: what accumulation and loss scaling multiply it by."""
+        self.weights = self.weights * gradient
+
+
+class OnlineTrainer(PoolTrainer):
+    """Records every sample it trains on; `sampler` draws the first epoch, and is led from then on.
+
+    What is drawn depends on (seed, epoch, what was recorded) alone, and what was recorded goes with
+    every checkpoint. `training_step` gives parameters the gradients that they have anyway.
+
+    Raises:
+        ConfigError: FSDP, DeepSpeed, or several GPUs in one process.
+    """
+
+    def __init__(self, sampler: QualitySampler, scorer: Scorer, **settings: Any) -> None:
+        rows: Dataset = settings["train_dataset"]
+        settings["train_dataset"] = rows.add_column(POSITION, np.arange(len(rows)))
+        settings["data_collator"] = _WithPositions(settings["data_collator"])
+        super().__init__(sampler, **settings)
+        refuse_shards(self.args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        batch_size = scorer.batch_size or self.args.per_device_train_batch_size
+        scorer = replace(scorer, batch_size=batch_size)
+        self.visits, self.scoring = Visits(len(rows)), OnlineScorer(scorer, rows)
+        self.recorder = Recorder(self.model, "convergence" in scorer.wanted.terms, scorer.seed)
+        self.drawn_for, self.seconds = 0, 0.0
+        self._batch: _Batch | None = None
+        self.add_callback(_OnlineCallback(self))
+
+    def scores(self) -> QualityScores:
+        """The scores as of now; the same in all processes."""
+        began = time.perf_counter()
+        self.visits.settle()
+        model: nn.Module = self.model
+        scores = processes.from_main(lambda: self.scoring.scores(self.visits, model))
+        self.seconds += time.perf_counter() - began
+        return scores
+
+    def redraw(self, epoch: int) -> None:
+        """Draw `epoch` by the scores as of now."""
+        self.sampler.probability, self.drawn_for = self.scores().probability, epoch
+
+    def online_state(self) -> dict[str, np.ndarray]:
+        """What a resumed training needs."""
+        numbers = {
+            "drawn_for": self.drawn_for,
+            "seconds": self.seconds,
+            "spent": self.scoring.spent,
+        }
+        return {
+            **self.visits.state(),
+            "probability": self.sampler.probability,
+            **{name: np.asarray([value], dtype=np.float64) for name, value in numbers.items()},
+        }
+
+    def load_online_state(self, state: dict[str, np.ndarray]) -> None:
+        """Put `online_state` back."""
+        self.visits.load(state)
+        self.sampler.probability = state["probability"]
+        self.drawn_for, self.seconds = int(state["drawn_for"][0]), float(state["seconds"][0])
+        self.scoring.spent = float(state["spent"][0])
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, *rest: Any, **named: Any
+    ) -> torch.Tensor:
+        """One forward and backward, recorded."""
+        self._batch = None
+        with self.recorder.recording():
+            loss = super().training_step(model, inputs, *rest, **named)
+            if self._batch is not None:
+                norms, sketches = self.recorder.take(self._batch.weights)
+                found = {**self._batch.columns, "gradient_norm": norms}
+                found |= {} if sketches is None else {"sketch": sketches}
+                columns = {name: as_numpy(values) for name, values in found.items()}
+                self.visits.add(self.sampler.epoch, columns)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss as ever; in training the samples' own ones are noted from the same logits."""
+        positions = inputs.pop(POSITION, None)
+        if positions is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        labels, spare = inputs["labels"], SPARE in inputs
+        loss, outputs = super().compute_loss(model, inputs, True)
+        self.recorder.expect(len(labels))
+        if not spare:
+            self._batch = self._noted(positions, labels, outputs["logits"].detach(), loss.detach())
+            loss.register_hook(self._batch.scaled)
+        return (loss, outputs) if return_outputs else loss
+
+    def _noted(self, positions: Tensor, labels: Tensor, logits: Tensor, loss: Tensor) -> _Batch:
+        lengths = target_lengths(self.kind, labels)
+        losses = sample_losses(self.kind, logits, labels)
+        total, smoothing = (losses * lengths).sum(), self.args.label_smoothing_factor
+        if smoothing:
+            total = summed_loss(self.kind, logits, labels, smoothing)
+        over = self._targets / (self.current_gradient_accumulation_steps * processes.count())
+        columns = {POSITION: positions, "loss": losses, "length": lengths.clamp(min=1)}
+        if self.kind in FREE:
+            columns |= {"label": labels, "output": logits.reshape(len(labels), -1)}
+        return _Batch(columns, sample_weights(lengths, total, loss, over))
+
+
+def pool_trainer(scorer: Scorer) -> Callable[..., PoolTrainer]:
+    """The Trainer of `quality.mode`."""
+    online = scorer.quality.mode == "online"
+    return partial(OnlineTrainer, scorer=scorer) if online else PoolTrainer
+
+
+def keep_scores(trainer: PoolTrainer, folder: RunFolder) -> None:
+    """Write `scores.parquet` after an online training, and what its scores have cost."""
+    if not isinstance(trainer, OnlineTrainer):
+        return
+    inside = trainer.seconds
+    scores = trainer.scores()
+    if processes.is_main():
+        with atomic_file(folder.scores) as file:
+            scores.to_parquet(file)
+        scored_inside(folder, inside, trainer.seconds, trainer.scoring.spent)
+        logger.info("    %s", scores.verdict)
+
+
+def refuse_shards(args: TrainingArguments, fsdp: bool, deepspeed: bool) -> None:
+    """Samples are told apart in whole weights, a process a device.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if fsdp or deepspeed or args.n_gpu > 1:
+        what = "FSDP" if fsdp else "DeepSpeed" if deepspeed else "several GPUs in one process"
+        raise ConfigError(
+            f"quality.mode: online does not go with {what}; launch a process a GPU without it, or "
+            "use mode: upfront."
+        )
+
+
+class _OnlineCallback(TrainerCallback):
+    """Leads the sampler from epoch to epoch; puts the state into checkpoints and takes it up."""
+
+    def __init__(self, trainer: OnlineTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the state; saved at an epoch's last step it has the next draw to come."""
+        if state.global_step:
+            saved = _folder(args, state) / STATE_FILE
+            if not saved.exists():
+                raise TrainingError(f"{saved} is missing: this checkpoint holds no online scores.")
+            self.trainer.load_online_state(load_file(saved))
+            self._lead(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Also called when a training is interrupted within an epoch."""
+        self._lead(state)
+
+    def _lead(self, state: TrainerState) -> None:
+        complete = int((state.epoch or 0.0) + 1e-6)
+        if complete > self.trainer.drawn_for and state.global_step < state.max_steps:
+            self.trainer.redraw(complete)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the state beside the checkpoint."""
+        self.trainer.visits.settle()
+        folder = _folder(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            with atomic_file(folder / STATE_FILE) as file:
+                save_file(self.trainer.online_state(), file)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+@dataclass(frozen=True)
+class _WithPositions:
+    """A collator that lets the samples' positions through; evaluation has none."""
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = dict(self.collator([{k: v for k, v in r.items() if k != POSITION} for r in rows]))
+        if POSITION in rows[0]:
+            batch[POSITION] = torch.tensor([row[POSITION] for row in rows])
+        return batch

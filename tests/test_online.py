@@ -1,0 +1,286 @@
+"""Scores from the training itself: what is recorded, what is drawn by it, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.numpy import load_file
+from transformers import TrainerCallback
+
+from reference import looped_gradients, loss_of, one_by_one
+from runs import classification_run
+from test_per_sample_grads import checkpointed
+from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tsqlora import QualityScores
+from tsqlora.cli import main
+from tsqlora.config import QualityConfig
+from tsqlora.errors import ModelError
+from tsqlora.online import OnlineScorer, Visits
+from tsqlora.online_training import STATE_FILE, OnlineTrainer
+from tsqlora.pipeline import Run, train
+from tsqlora.preflight import check_recordable
+from tsqlora.scoring import Scorer
+from tsqlora.selection import QualitySampler, draw, unscored
+from tsqlora.training import PoolTrainer, training_arguments
+
+ONLINE = QualityConfig(mode="online", fraction=1.0)
+SAMPLES = 10
+
+
+def trainer_of(name: str, folder: Path, recorded: bool, **settings: Any) -> PoolTrainer:
+    """A training of 10 samples in batches of 4, dropout off."""
+    kind = KINDS[name]
+    rows = Dataset.from_list(rows_of(tiny_batch(kind, samples=SAMPLES)))
+    model = with_lora(tiny_model(name), kind)
+    checkpointed(model, reentrant=False)
+    model.gradient_checkpointing_disable()
+    quiet = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    arguments = training_arguments(
+        {**quiet, "per_device_train_batch_size": 4, "num_train_epochs": 1, **settings},
+        folder,
+        seed=0,
+    )
+    sampler = QualitySampler(unscored(np.arange(SAMPLES), 1.0, 0, ""), 1.0, seed=0)
+    named: dict[str, Any] = {
+        "model": model, "args": arguments, "train_dataset": rows, "data_collator": collate,
+    }  # fmt: skip
+    if recorded:
+        return OnlineTrainer(sampler, Scorer(collate, ONLINE), **named)
+    return PoolTrainer(sampler, **named)
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "llama"])
+def test_what_a_still_training_records_is_what_a_loop_measures(name: str, tmp_path: Path) -> None:
+    trainer = trainer_of(name, tmp_path, True, learning_rate=0.0, gradient_accumulation_steps=2)
+    trainer.train()
+    assert isinstance(trainer, OnlineTrainer)
+    trainer.visits.settle()
+    assert trainer.visits.seen.tolist() == list(range(SAMPLES))
+    batch, model = tiny_batch(KINDS[name], samples=SAMPLES), trainer.model.eval()
+    gradients = looped_gradients(model, KINDS[name], batch)
+    norms = [torch.cat([g.flatten() for g in own.values()]).norm().item() for own in gradients]
+    losses = [loss_of(model, KINDS[name], sample).item() for sample in one_by_one(batch)]
+    np.testing.assert_allclose(trainer.visits.column("gradient_norm"), norms, rtol=2e-5)
+    np.testing.assert_allclose(trainer.visits.column("loss"), losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_recording_changes_nothing_that_is_trained(
+    name: str, smoothing: float, tmp_path: Path
+) -> None:
+    """Heads that are saved whole, accumulation and clipping included."""
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.05,
+        "label_smoothing_factor": smoothing,
+    }
+    found = []
+    for recorded in (False, True):
+        gradients: list[torch.Tensor] = []
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, *_: object, **named: Any) -> None:
+                every = [p.grad for p in named["model"].parameters() if p.grad is not None]
+                self.kept.extend(gradient.clone() for gradient in every)
+
+        trainer = trainer_of(name, tmp_path, recorded, **settings)
+        keep = Keep()
+        keep.kept = gradients  # type: ignore[attr-defined]
+        trainer.add_callback(keep)
+        trainer.train()
+        found.append(gradients)
+    assert len(found[0]) == len(found[1]) > 0
+    for plain, recorded_one in zip(*found, strict=True):
+        assert (plain - recorded_one).norm() <= 1e-4 * plain.norm() + 1e-9
+
+
+def visited(positions: list[int], losses: list[float], labels: list[int]) -> dict[str, np.ndarray]:
+    outputs = np.zeros((len(positions), 2), np.float32)
+    outputs[range(len(positions)), labels] = np.asarray(losses) * -1
+    return {
+        "position": np.asarray(positions),
+        "loss": np.asarray(losses, np.float32),
+        "gradient_norm": np.asarray(losses, np.float32) + 1,
+        "length": np.ones(len(positions), np.int64),
+        "label": np.asarray(labels),
+        "output": outputs,
+    }
+
+
+def test_the_last_visit_counts_and_the_state_comes_back_the_same() -> None:
+    visits = Visits(6)
+    visits.add(0, visited([4, 1], [1.0, 2.0], [0, 1]))
+    visits.add(0, visited([2], [float("nan")], [0]))
+    visits.add(1, visited([1, 0], [3.0, 4.0], [1, 0]))
+    visits.settle()
+    assert visits.seen.tolist() == [0, 1, 4]
+    assert visits.last.tolist() == [2, 2, 0, 0, 1, 0]
+    assert visits.column("loss").tolist() == [4.0, 3.0, 1.0]
+    other = Visits(6)
+    other.load(visits.state())
+    assert other.names == visits.names
+    for name in visits.names:
+        (positions, values), (same, again) = next(visits.blocks(name)), next(other.blocks(name))
+        np.testing.assert_array_equal(positions, same)
+        np.testing.assert_array_equal(values, again)
+
+
+def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
+    rows = Dataset.from_dict({"id": np.arange(30) * 2})
+    weights = QualityConfig(mode="online").weights
+    quality = QualityConfig(mode="online", weights=weights, fraction=0.2)
+    visits = Visits(30)
+    found = OnlineScorer(Scorer(collate, quality), rows).scores(visits, tiny_model("bert"))
+    assert found.probability == pytest.approx(np.full(30, 1 / 30))
+    seen = np.arange(0, 30, 2)
+    visits.add(0, visited(seen.tolist(), np.linspace(0, 3, 15).tolist(), [0, 1, 0] * 5))
+    visits.settle()
+    model = with_lora(tiny_model("bert"), "classification")
+    found = OnlineScorer(Scorer(collate, quality), rows).scores(visits, model)
+    missed = np.setdiff1d(np.arange(30), seen)
+    assert found.ids.tolist() == rows["id"][:]
+    assert (found.quality[missed] == found.quality[seen].max()).all()
+    assert np.allclose(found.probability[missed], found.probability.max())
+    assert np.isnan(found.loss[missed]).all()
+    assert np.isfinite(found.loss[seen]).all()
+    assert found.probability.sum() == pytest.approx(1)
+    assert "15 of 30 samples were never drawn" in found.verdict
+    assert found.selected.sum() == 6
+
+
+def online_run(folder: Path, **changes: Any) -> Path:
+    settings = {
+        "quality.mode": "online",
+        "training.num_train_epochs": 3,
+        "training.save_strategy": "steps",
+        "training.save_steps": 3,
+    }
+    return classification_run(folder, 60, **settings, **changes)
+
+
+def test_a_run_draws_by_what_it_has_seen_and_leaves_its_scores(whole: Path) -> None:
+    folder = whole
+    scores = QualityScores.from_parquet(folder / "scores.parquet")
+    assert np.isnan(scores.loss_reduction).all()
+    assert 0 < np.isnan(scores.gradient_norm).sum() < 30, "two thirds and more are drawn once"
+    assert np.isfinite(scores.convergence[np.isfinite(scores.gradient_norm)]).all()
+    run = Run.open(folder)
+    first, later = (
+        load_file(folder / f"checkpoints/train/checkpoint-{n}/{STATE_FILE}") for n in (9, 12)
+    )
+    assert len(np.unique(first["probability"])) > 2
+    drawn = [draw(first["probability"], 0.5, 0, 2)]
+    assert (later["last"][drawn[0]] == 3).all(), "the last epoch was drawn by the state"
+    cost = json.loads((folder / "metrics.json").read_text())["cost"]
+    assert cost["stages"]["scores"]["passes"] == 0, "of classes the null is free"
+    assert cost["training_passes"] == 90
+    assert run.score().verdict == "quality.mode: online"
+    assert "never drawn" in (folder / "report.html").read_text()
+
+
+class Killed(Exception):
+    """As good as a kill: only what is on the disk is left."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(online_run(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.mark.parametrize("at", [4, 6, 9])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    at: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From within the first epoch, from within the second, and from the last step of the second."""
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            if state.global_step == at:
+                raise Killed
+
+    original = OnlineTrainer.__init__
+
+    def started(self: OnlineTrainer, *given: Any, **settings: Any) -> None:
+        original(self, *given, **settings)
+        self.add_callback(Kill())
+
+    config = online_run(tmp_path)
+    monkeypatch.setattr(OnlineTrainer, "__init__", started)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.undo()
+    resumed = train(config, resume=True)
+    for name in ("adapter/adapter_model.safetensors", "scores.parquet"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def found_by(trainer: PoolTrainer) -> list[list[float]]:
+    """What was recorded, and what is drawn and scored by it, after the training."""
+    assert isinstance(trainer, OnlineTrainer)
+    trainer.train()
+    scores, drawn = trainer.scores(), trainer.sampler.probability
+    norms = trainer.visits.column("gradient_norm")
+    return [norms.tolist(), drawn.tolist(), scores.quality.tolist()]
+
+
+def test_two_processes_record_together_and_draw_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_online import found_by, trainer_of
+from tsqlora import processes
+processes.join()
+folder = Path({str(tmp_path)!r})
+trainer = trainer_of("bert", folder / "two", True, num_train_epochs=2,
+                     per_device_train_batch_size=2)
+(folder / f"{{processes.index()}}.json").write_text(json.dumps(found_by(trainer)))
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    alone = found_by(trainer_of("bert", tmp_path / "one", True, num_train_epochs=2))
+    for one, two in zip(alone, first, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
+
+
+def test_mode_none_scores_nothing_and_draws_all(tmp_path: Path) -> None:
+    folder = train(classification_run(tmp_path, 60, **{"quality.mode": "none"}))
+    assert not (folder / "scores.parquet").exists()
+    cost = json.loads((folder / "metrics.json").read_text())["cost"]
+    assert "scores" not in cost["stages"]
+    assert cost["training_passes"] == 120
+    assert "all are drawn alike" in (folder / "report.html").read_text()
+    assert (folder / "plan.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["online", "none"])
+def test_there_is_nothing_to_score_before_such_a_training(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = classification_run(tmp_path, 60, **{"quality.mode": mode})
+    assert main(["score", str(config)]) == 2
+    assert "scores nothing before the training" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["deberta", "xlnet"])
+def test_a_model_whose_samples_cannot_be_told_apart_is_refused_before_training(name: str) -> None:
+    kind = KINDS[name]
+    rows = Dataset.from_list(rows_of(tiny_batch(kind)))
+    with pytest.raises(ModelError, match="cannot be told apart"):
+        check_recordable(with_lora(tiny_model(name), kind), kind, rows, collate)
