@@ -18,20 +18,23 @@ from tsqlora.pipeline import Run
 SMALL_PARTS = "from tsqlora import scoring; scoring.PART = 2\n"
 
 
-def score_in_subprocess(folder: Path, config: Path, script: str, *launcher: str) -> int:
+def score_in_subprocess(
+    folder: Path, config: Path, script: str, *launcher: str, verb: str = "score"
+) -> int:
     main = folder / "main.py"
     main.write_text(f"{script}from tsqlora.cli import main\nraise SystemExit(main())\n")
-    command = [sys.executable, *launcher, str(main), "score", str(config), "--json"]
+    command = [sys.executable, *launcher, str(main), verb, str(config), "--json"]
     return subprocess.run(command, check=False, capture_output=True).returncode
 
 
-def test_two_processes_give_the_scores_of_one(
+def test_two_processes_give_the_scores_and_the_plan_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "PART", 2)
     config = classification_run(tmp_path, 80, **{"quality.reference": "validation"})
     run = Run.start(config)
     alone = run.score()
+    run.plan()
     warm = (run.folder.warmup / "state.safetensors").read_bytes()
     config = classification_run(
         tmp_path, 80, **{"quality.reference": "validation", "output": str(tmp_path / "two")}
@@ -45,7 +48,7 @@ def noted(*written):
     write(*written)
 scoring.Parts.write = noted
 """
-    assert score_in_subprocess(tmp_path, config, script, *launcher) == 0
+    assert score_in_subprocess(tmp_path, config, script, *launcher, verb="plan") == 0
     assert len(list(tmp_path.glob("[01] of 2 took part"))) == 2
     two = Run.open(tmp_path / "two")
     assert (two.folder.warmup / "state.safetensors").read_bytes() == warm
@@ -55,7 +58,8 @@ scoring.Parts.write = noted
     np.testing.assert_allclose(together.quality, alone.quality, rtol=0, atol=1e-6)
     np.testing.assert_allclose(together.probability, alone.probability, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(together.selected, alone.selected)
-    assert two.folder.scores.read_bytes() == run.folder.scores.read_bytes()
+    for name in ("scores", "sensitivity", "plan"):
+        assert getattr(two.folder, name).read_bytes() == getattr(run.folder, name).read_bytes()
 
 
 def test_scoring_that_was_killed_goes_on_to_the_same_bytes(
