@@ -88,7 +88,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_head_size": 8, "feed_forward_size": 48, "local_attn_chunk_length": 4,
     },
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_ngroups": 1},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"], "mamba_ngroups": 1, "attention_hidden_size": 64,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
 }  # fmt: skip
@@ -127,6 +130,8 @@ def attempted(kind: str, name: str, without: tuple[str, ...]) -> Any:
         if hasattr(inner, "to_dict"):
             settings[part] = {**cut(inner), **SPECIAL.get(inner.model_type, {})}
             settings[part]["model_type"] = inner.model_type
+    if "qk_rope_head_dim" in settings:  # all heads share one latent
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     if "layers" not in without:
         settings = {**two_kinds_of_layer(default), **settings}
     if "head_dim" in without:
@@ -208,13 +213,19 @@ def gradient_errors(make: Callable[[], Any], kind: str, batch: dict[str, Tensor]
     return {**rows, **{name: f"{error:.0e}" for name, error in worst.items()}}
 
 
+def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """`collate`, without a mask where the model takes none."""
+    found = collate([{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows])
+    return {name: found[name] for name in found if name in rows[0]}
+
+
 def the_whole_way(make: Callable[[], Any], kind: str, batch: dict[str, Tensor]) -> float:
     """The largest difference of logits between what was trained and what plain PEFT loads."""
     model = make()
     pool = Dataset.from_list(rows_of(batch))
-    scores = tsq.score_samples(model, pool, collate, QualityConfig(adapt_steps=2), batch_size=4)
+    scores = tsq.score_samples(model, pool, collated, QualityConfig(adapt_steps=2), batch_size=4)
     subset = tsq.select_samples(pool, scores, fraction=0.5)
-    plan = tsq.allocate_ranks(tsq.layer_sensitivity(model, subset, collate), mean_rank=2)
+    plan = tsq.allocate_ranks(tsq.layer_sensitivity(model, subset, collated), mean_rank=2)
     adapted = get_peft_model(model, tsq.lora_config(plan, task_type=PEFT_TASK_TYPES[kind]))
     with tempfile.TemporaryDirectory() as folder:
         arguments = tf.TrainingArguments(
@@ -223,7 +234,7 @@ def the_whole_way(make: Callable[[], Any], kind: str, batch: dict[str, Tensor]) 
         )  # fmt: skip
         moving = tsq.DynamicRankCallback(plan)
         tf.Trainer(
-            adapted, arguments, train_dataset=pool, data_collator=collate, callbacks=[moving]
+            adapted, arguments, train_dataset=pool, data_collator=collated, callbacks=[moving]
         ).train()
         tsq.export_adapter(adapted, Path(folder) / "adapter")
         loaded = PeftModel.from_pretrained(make(), f"{folder}/adapter").eval()
