@@ -81,6 +81,15 @@ CONFIGURATIONS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
             "quality.adapt_steps": 7,
         },
     ),
+    "online": (
+        classification_run,
+        {
+            **BY_STEPS,
+            "quality.mode": "online",
+            "quality.weights.loss_reduction": None,
+            "training.num_train_epochs": 3,
+        },
+    ),
     "unsaved": (classification_run, {"training.save_strategy": "no", "ranks.dynamic": False}),
 }
 SAMPLES = 96
@@ -260,7 +269,8 @@ class Chaos:
     def kill(self, number: int) -> tuple[str, list[str]]:
         """Kill a run, now and then twice, and resume it: (where it was killed, what is wrong)."""
         run = self.folder / str(number)
-        verbs = self.random.choice([["train"], ["train"], ["score", "plan", "train"]])
+        first = [] if self.changes.get("quality.mode") == "online" else ["score"]
+        verbs = self.random.choice([["train"], ["train"], [*first, "plan", "train"]])
         where, spent = [], 0.0
         for _ in range(1 + (self.random.random() < 1 / 3)):
             trap, after, words = self._moment(run)
