@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -26,9 +26,10 @@ from tsqlora.batches import Batch, forward_losses, singly
 from tsqlora.factors import scored_layers, sites
 from tsqlora.hooks import SampleTaps, frozen
 from tsqlora.lora_layers import temporary_adapter
-from tsqlora.losses import infer_kind
+from tsqlora.losses import infer_kind, sample_losses, target_lengths
 from tsqlora.measuring import Meter, Wanted
 from tsqlora.per_sample_grads import PerSampleGradients
+from tsqlora.recording import Recorder, sample_weights
 
 DEPTH = 0.1
 """How deep the economical mode goes: the last layers, with this share of the adapted weights."""
@@ -69,6 +70,37 @@ def engine(*terms: str, lookahead: str = "exact", depth: float = 1.0) -> Callabl
         def method(batch: Batch) -> Tensor:
             norms = torch.from_numpy(meter.measure(batch)["gradient_norm"]).square()
             return norms.to(batch["labels"].device)
+
+        return method
+
+    return made
+
+
+def training(recorded: bool) -> Callable[..., Method]:
+    """A training step as the Trainer takes it: forward, backward, clipping, AdamW (at rate 0)."""
+
+    def made(model: nn.Module, kind: str) -> Method:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer, recorder = torch.optim.AdamW(trained, lr=0.0), Recorder(model)
+
+        def method(batch: Batch) -> Tensor | None:
+            norms = None
+            with recorder.recording() if recorded else nullcontext():
+                output = model(**batch)
+                if recorded:
+                    lengths = target_lengths(kind, batch["labels"])
+                    losses = sample_losses(kind, output.logits.detach(), batch["labels"])
+                    total, targets = (losses * lengths).sum(), float(lengths.sum())
+                    weights = sample_weights(lengths, total, output.loss.detach(), targets)
+                    recorder.expect(len(lengths))
+                output.loss.backward()
+                if recorded:
+                    norms, sketches = recorder.take(weights)
+                    sketches.cpu().numpy()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return None if norms is None else norms.square()
 
         return method
 
@@ -146,6 +178,7 @@ PLAIN, FLOOR, FORWARD = (
     "backward, no weight's gradient",
     "forward alone",
 )
+TRAINING, ONLINE = "a plain training step", "online: a training step, scores recorded"
 METHODS: dict[str, Callable[[nn.Module, str], Method]] = {
     PLAIN: each(plain),
     FLOOR: floor,
@@ -156,6 +189,8 @@ METHODS: dict[str, Callable[[nn.Module, str], Method]] = {
     "all three, second order": engine(NORM, STEP, CONVERGENCE, lookahead="second_order"),
     "all three, first order": engine(NORM, STEP, CONVERGENCE, lookahead="first_order"),
     "economical": engine(NORM, STEP, CONVERGENCE, depth=DEPTH),
+    TRAINING: training(recorded=False),
+    ONLINE: training(recorded=True),
     "loop over samples": each(loop),
     "torch.func.vmap(grad)": each(vmap),
     "opacus": each(opacus),
@@ -164,7 +199,10 @@ TARGETS = {
     "gradient norm + convergence": (1.10, 1.15),
     "all three terms, exact": (1.70, None),
     "economical": (0.75, None),
+    ONLINE: (1.05, None),
 }
+AGAINST = {ONLINE: TRAINING}
+"""What the time of a row is held against where that is not the plain pass."""
 LIMITS = {
     "gradient norm": [FLOOR],
     "gradient norm + convergence": [FLOOR],
@@ -196,11 +234,12 @@ def measure(case: Case, repeats: int, device: str, only: list[str]) -> dict[str,
         for _ in range(repeats):
             for name in (n for n in only if "error" not in results[n]):
                 results[name]["times"].append(timed(through(methods[name], moved), device))
-    plain_times = results[PLAIN]["times"]
-    for found in results.values():
-        if times := found.pop("times"):
+    taken = {name: found.pop("times") for name, found in results.items()}
+    for name, found in results.items():
+        if times := taken[name]:
             found["seconds"] = statistics.median(times)
-            ratios = [own / base for own, base in zip(times, plain_times, strict=True)]
+            base = taken.get(AGAINST.get(name, PLAIN)) or taken[PLAIN]
+            ratios = [own / plain for own, plain in zip(times, base, strict=True)]
             found["time_ratio"] = statistics.median(ratios)
     return results
 
@@ -225,7 +264,7 @@ def through(method: Method, batches: list[Batch]) -> Callable[[], None]:
 
 
 def show(title: str, results: dict[str, dict[str, Any]]) -> None:
-    """One table: ratios to the plain pass, the targets, and the limits."""
+    """One table: ratios to the plain pass (`AGAINST`: the step), the targets, and the limits."""
     base = results[PLAIN]
     print(f"\n{title}: plain pass {base['seconds']:.3f} s, {base['bytes'] / 2**20:.0f} MiB")
     print("| what | time | at most | limit | over it | memory | at most | error of norms |")
