@@ -4,7 +4,7 @@
 
 Configurations are made from the defaults with every size cut down; what cannot be made that way is
 said so and is no failure of ours. Each row: whether samples are told apart in one batch, the worst
-relative error of gradients, own steps (also begun at the last layers) and `score_samples` to the
+relative error of gradients (also of the last layers alone), own steps and `score_samples` to the
 loop, then score, plan, three steps with dynamic ranks, export, and what plain PEFT loads of it.
 """
 
@@ -176,7 +176,7 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 
 
 def gradient_errors(make: Callable[[], Any], kind: str, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Of gradients, lookahead and lookahead with a depth to the loop, in float64 if it can be."""
+    """Of gradients, the last layers' too, and own steps to the loop, in float64 if it can be."""
     model = with_lora(make().double(), kind)
     try:
         sound = all(flat(g).isfinite().all() for g in looped_gradients(model, kind, batch))
@@ -191,25 +191,21 @@ def gradient_errors(make: Callable[[], Any], kind: str, batch: dict[str, Tensor]
         loops = looped_gradients(model, kind, piece)
         true = torch.stack([flat(loop) for loop in loops])
         steps = 0.5 / true.norm(dim=1)
-        for column, depth in [("lookahead", 1.0), ("depth", 0.3)]:
+        for column, depth in [("gradient", 1.0), ("depth", 0.3)]:
             keep = Keep()
             with PerSampleGradients(model, keep, depth=depth) as gradients:
                 before = loss_of(model, kind, piece)
                 gradients.backward(before)
-            with torch.no_grad(), one_step(gradients, keep, steps):
-                after = loss_of(model, kind, piece)
+            whole = {n: keep.whole(n, w) for n, w in gradients.weights.items()}
+            for i, loop in enumerate(loops):
+                expected = flat({n: loop[n] for n in whole})
+                error = relative(flat({n: g[i] for n, g in whole.items()}), expected)
+                worst[column] = max(worst[column], error)
             if depth == 1:
-                whole = {n: keep.whole(n, w) for n, w in gradients.weights.items()}
-                for i in range(len(loops)):
-                    error = relative(flat({n: g[i] for n, g in whole.items()}), true[i])
-                    worst["gradient"] = max(worst["gradient"], error)
-                expected = looped_lookahead(model, kind, piece, steps)
-            else:
-                gradients.replay = None
                 with torch.no_grad(), one_step(gradients, keep, steps):
-                    expected = loss_of(model, kind, piece)
-            gained, truly = before.detach() - after, before.detach() - expected
-            worst[column] = max(worst[column], relative(gained, truly))
+                    gained = before.detach() - loss_of(model, kind, piece)
+                truly = before.detach() - looped_lookahead(model, kind, piece, steps)
+                worst["lookahead"] = max(worst["lookahead"], relative(gained, truly))
     return {**rows, **{name: f"{error:.0e}" for name, error in worst.items()}}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -80,35 +79,6 @@ def test_estimates_are_the_taylor_series_of_the_step(name: str) -> None:
     assert torch.allclose(first - second, bend, rtol=0.02, atol=float(bend.abs().max()) / 100)
 
 
-# in openai-gpt layers share one activation; xlm changes in place what a module gave
-@pytest.mark.parametrize("name", [*NAMES, "mixtral", "openai-gpt", "xlm"])
-@pytest.mark.parametrize("depth", [0.2, 0.6])
-def test_with_a_depth_the_forward_begins_where_it_differs_and_is_the_same(
-    name: str, depth: float
-) -> None:
-    kind = KINDS[name]
-    experts = ["mlp.experts.down_proj"] if name == "mixtral" else None
-    model = with_lora(tiny_model(name, double=True), kind, target_parameters=experts)
-    batch = tiny_batch(kind)
-    keep, calls = Keep(), []
-    embedding = model.get_input_embeddings()
-    with PerSampleGradients(model, keep, depth=depth) as gradients:
-        gradients.backward(loss_of(model, kind, batch))
-    steps = torch.linspace(0.1, 1, len(batch["labels"])).double()
-    handle = embedding.register_forward_pre_hook(lambda *_: calls.append(1))
-    with torch.no_grad(), one_step(gradients, keep, steps):
-        got = loss_of(model, kind, batch)
-    inner = [m for m in model.modules() if "forward" in vars(m)]
-    calls_of_replay, replay, gradients.replay = len(calls), gradients.replay, None
-    with torch.no_grad(), one_step(gradients, keep, steps):
-        whole = loss_of(model, kind, batch)
-    handle.remove()
-    assert replay is not None
-    assert not inner
-    assert calls_of_replay <= len(calls) - calls_of_replay
-    assert torch.equal(got, whole)
-
-
 def test_the_model_is_as_it_was_after_a_step() -> None:
     model = with_lora(tiny_model("bert", double=True), "classification")
     batch = tiny_batch("classification")
@@ -116,19 +86,6 @@ def test_the_model_is_as_it_was_after_a_step() -> None:
     with torch.no_grad(), one_step(gradients, keep, 1 / squared.sqrt()):
         loss_of(model, "classification", batch)
     assert torch.equal(loss_of(model, "classification", batch), losses)
-
-
-def test_the_economical_mode_scores_every_sample_for_fewer_passes() -> None:
-    model = with_lora(tiny_model("bert"), "classification")
-    rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=24)))
-    full, economical = (
-        Scorer(collate, QualityConfig(depth=depth), batch_size=4) for depth in (1.0, 0.3)
-    )
-    assert economical.passes("classification", 24) < 0.7 * full.passes("classification", 24)
-    scores, all_layers = economical.score(model, rows), full.score(model, rows)
-    assert np.array_equal(scores.loss, all_layers.loss)
-    assert (scores.gradient_norm < all_layers.gradient_norm).all()
-    assert np.isfinite(scores.quality).all()
 
 
 @settings(max_examples=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,3 +221,19 @@ def test_sketches_keep_inner_products_in_expectation() -> None:
         estimates.append(first @ second)
     found = torch.stack(estimates)
     assert abs(found.mean() - true) < 4 * found.std() / 20
+
+
+def test_short_factors_fill_a_sketch_as_a_long_one_does() -> None:
+    """The error of an inner product is ‖g‖‖h‖/√size, however many factors the entries lie in."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(2, 100, 4, 10, generator=generator)
+    first, second = gradients.flatten(1)
+    size, errors = 509, []
+    for seed in range(60):
+        sketch = Sketch(size, seed)
+        for number in range(100):
+            sketch.add(f"layer {number}.A", gradients[:, number])
+        got, other = sketch.take()
+        errors.append(float(got @ other - first @ second))
+    usual = float(first.norm() * second.norm()) / size**0.5
+    assert 0.6 * usual < np.std(errors) < 1.4 * usual

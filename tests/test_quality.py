@@ -47,6 +47,7 @@ def measured(samples: int = 200, seed: int = 0, classes: int | None = 3) -> Meas
         null_loss=random.gamma(9.0, 0.5, samples),
         null_group=random.integers(0, classes or 1, samples),
         classes=classes,
+        kin=group,
     )
 
 
@@ -71,6 +72,15 @@ def test_convergence_leaves_the_sample_itself_out() -> None:
     for i in range(12):
         others = (pool.group == pool.group[i]) & (np.arange(12) != i)
         mean = units[others].mean(0)
+        assert got[i] == pytest.approx(units[i] @ mean / np.linalg.norm(mean))
+
+
+def test_where_no_kin_are_told_apart_convergence_is_towards_the_whole_pool() -> None:
+    pool = replace(measured(12, classes=None), kin=None)
+    got = convergence_terms(pool)
+    units = pool.sketch / np.linalg.norm(pool.sketch, axis=1, keepdims=True)
+    for i in range(12):
+        mean = np.delete(units, i, 0).mean(0)
         assert got[i] == pytest.approx(units[i] @ mean / np.linalg.norm(mean))
 
 

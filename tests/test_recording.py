@@ -16,7 +16,7 @@ from tiny import KINDS, tiny_batch, tiny_model, with_lora
 from tsqlora import recording
 from tsqlora.errors import ModelError
 from tsqlora.losses import target_lengths
-from tsqlora.per_sample_grads import Sketch
+from tsqlora.per_sample_grads import SHORT, Sketch
 from tsqlora.recording import Recorder, sample_weights, summed_loss
 
 NAMES = ["bert", "albert", "bart", "t5", "gpt2", "llama"]
@@ -37,7 +37,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sketched(gradients: dict[str, Tensor]) -> Tensor:
-    sketch = Sketch()
+    sketch = Sketch(SHORT)
     for name, gradient in gradients.items():
         sketch.add(name, gradient[None])
     return sketch.take()[0]

@@ -83,7 +83,11 @@ class Pool:
         self._columns = _token_columns(self.rows)
         self.tokens = _lengths(self.rows, self._columns)
         self.most = batch_size * (int(self.tokens.max(initial=0)) + OWN)
-        self.plan = _plan(self.tokens, self.most)
+        self.plan = self.planned(np.arange(len(self.tokens)))
+
+    def planned(self, positions: np.ndarray) -> list[np.ndarray]:
+        """`plan` for some positions alone."""
+        return [positions[each] for each in _plan(self.tokens[positions], self.most)]
 
     def take(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
         """(positions, batch), once, or in pieces where the collator pads further than was planned.

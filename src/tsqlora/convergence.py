@@ -1,7 +1,7 @@
 """Which samples pull where the others pull: cosines of sketched gradients, block by block.
 
 A pool's sketches may be larger than memory, so they are only ever seen in blocks of rows, and only
-their sums are kept. NumPy, SciPy and scikit-learn only.
+their sums are kept. NumPy and SciPy only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from sklearn.cluster import MiniBatchKMeans
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -21,8 +20,6 @@ Block = tuple[Ints, Floats]
 
 ROWS = 1024
 """Rows that are worked on at a time."""
-FITTED = 8192
-"""Clusters are fitted to at most so many sketches, drawn at random."""
 
 
 class Stored(Protocol):
@@ -80,25 +77,6 @@ def with_direction(sketches: Sketches, direction: Floats, samples: int) -> Float
     result = np.zeros(samples)
     for positions, rows in blocks(sketches):
         result[positions] = row_cosine(rows, np.broadcast_to(direction, rows.shape))
-    return result
-
-
-def clusters(sketches: Sketches, samples: int, most: int = 8, smallest: int = 50) -> Ints:
-    """Seeded k-means clusters (N) of unit sketches, k = min(most, N // smallest), at least 1."""
-    result = np.zeros(samples, dtype=np.int64)
-    count = max(1, min(most, samples // smallest))
-    if count == 1:
-        return result
-    drawn = np.zeros(samples, dtype=bool)
-    drawn[np.random.default_rng(0).permutation(samples)[:FITTED]] = True
-    place = np.cumsum(drawn) - 1
-    fitted = np.zeros((int(drawn.sum()), width(sketches)))
-    for positions, rows in blocks(sketches):
-        kept = drawn[positions]
-        fitted[place[positions[kept]]] = unit(rows[kept])
-    model = MiniBatchKMeans(count, random_state=0, n_init=3).fit(fitted)
-    for positions, rows in blocks(sketches):
-        result[positions] = model.predict(unit(rows).astype(np.float64))
     return result
 
 

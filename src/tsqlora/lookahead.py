@@ -30,8 +30,6 @@ def one_step(gradients: PerSampleGradients, kept: Keep, steps: Tensor) -> Iterat
         for name, gradient in kept.gradients.items()
     }
     with ExitStack() as stack:
-        if gradients.replay:
-            stack.enter_context(gradients.replay.replaying())
         for site in gradients.sites.values():
             hook = site.moved(deltas, gradients.lengths)
             if hook is not None:

@@ -21,6 +21,7 @@ from tsqlora.memory import Halving, out_of_memory
 from tsqlora.per_sample_grads import (
     Dots,
     Keep,
+    Only,
     PerSampleGradients,
     Reducer,
     Sketch,
@@ -53,9 +54,12 @@ class Wanted:
             losses.
         learning_rate: η of the lookahead, or None for a step of unit displacement.
         lookahead: exact, first_order or second_order (`lookahead.py`).
-        depth: below 1, gradients of the last layers only, that hold this share of the weights.
+        depth: below 1, gradients of the last layers only, that hold this share of the weights, and
+            no lookahead (`calibration.py`).
         seed: of the sketches.
         sums_units: this is a reference, whose unit gradients are added up rather than sketched.
+        whole: of a depth below 1, what calibrates it: gradients of all layers, and the lookahead,
+            beside what the last layers alone give.
     """
 
     terms: tuple[str, ...] = ()
@@ -64,16 +68,28 @@ class Wanted:
     depth: float = 1.0
     seed: int = 0
     sums_units: bool = False
+    whole: bool = False
+
+    @property
+    def economical(self) -> bool:
+        """Whether most samples are measured by their last layers alone."""
+        return self.depth < 1 and bool(self.terms) and not self.sums_units
 
     @property
     def steps(self) -> bool:
         """Whether there is a further forward, after every sample's own step."""
-        return "loss_reduction" in self.terms and self.lookahead != "first_order"
+        wanted = "loss_reduction" in self.terms and self.lookahead != "first_order"
+        return wanted and (self.whole or not self.economical)
 
     @property
     def halves(self) -> float:
         """Half passes of a sample: forwards and backwards, as deep as they go."""
-        return 1 + self.depth * (bool(self.terms) + self.steps)
+        return 1 + (1 if self.whole else self.depth) * (bool(self.terms) + self.steps)
+
+    def first_order(self, norms: np.ndarray) -> np.ndarray:
+        """η_i‖g_i‖² (N) of the step that the lookahead takes, for ‖g_i‖ (N)."""
+        rate = self.learning_rate
+        return DISPLACEMENT * norms if rate is None else rate * np.square(norms)
 
 
 class Meter:
@@ -81,7 +97,9 @@ class Meter:
 
     Columns of every sample: `loss`, `length` (target tokens); as they are `wanted` `gradient_norm`,
     `loss_reduction` and for convergence `alignment`, the cosine with a known `direction`, or
-    `sketch` (k) where there is none; of a class or number also `label` and `output` (C), the
+    `sketch` (k) where there is none; below depth 1 `last_norm`, the gradient norm of the last
+    layers, of which alignment and sketch then are too, while `gradient_norm` and `loss_reduction`
+    are NaN of what is not measured whole; of a class or number also `label` and `output` (C), the
     logits, from which the losses of other targets are had for nothing.
 
     Attributes:
@@ -97,15 +115,23 @@ class Meter:
         self.norms, self.keep = SquaredNorms(), Keep()
         self.sketch: Sketch | None = None
         self.dots: Dots | None = None
+        self.last = SquaredNorms() if wanted.whole else self.norms
         reducers: list[Reducer] = [self.norms]
+        partial: list[Reducer] = [self.last] if wanted.whole else []
         if "convergence" in wanted.terms and not wanted.sums_units:
             if direction is None:
                 self.sketch = Sketch(seed=wanted.seed)
             else:
                 self.dots = Dots(_unit(direction, model))
-            reducers += [each for each in (self.sketch, self.dots) if each is not None]
+            partial += [each for each in (self.sketch, self.dots) if each is not None]
+        if wanted.whole:
+            last = PerSampleGradients(model, depth=wanted.depth).weights.keys()
+            partial = [Only(each, last) for each in partial]
+        reducers += partial
         reducers += [self.keep] if wanted.steps or wanted.sums_units else []
-        self.gradients = PerSampleGradients(model, *reducers, depth=wanted.depth)
+        self.gradients = PerSampleGradients(
+            model, *reducers, depth=1.0 if wanted.whole else wanted.depth
+        )
         self.single: bool | None = None
         self._units: dict[str, Tensor] = {}
 
@@ -156,7 +182,7 @@ class Meter:
 
     def _measure(self, batch: Batch) -> Piece:
         labels, units = batch["labels"], {}
-        for reducer in (self.norms, self.sketch, self.dots):
+        for reducer in (self.norms, self.last, self.sketch, self.dots):
             if reducer is not None:
                 reducer.total = 0.0
         try:
@@ -183,12 +209,19 @@ class Meter:
 
     def _of_gradients(self, batch: Batch, losses: Tensor) -> dict[str, Tensor]:
         norms = torch.as_tensor(self.norms.total).sqrt()
+        last = torch.as_tensor(self.last.total).sqrt()
         found = {"gradient_norm": norms}
         if self.sketch is not None:
             found["sketch"] = self.sketch.take()
         if self.dots is not None:
-            found["alignment"] = torch.as_tensor(self.dots.total) / norms.clamp(min=TINY)
-        if "loss_reduction" in self.wanted.terms:
+            found["alignment"] = torch.as_tensor(self.dots.total) / last.clamp(min=TINY)
+        if self.wanted.economical:
+            found["last_norm"] = last
+        if self.wanted.economical and not self.wanted.whole:
+            found["gradient_norm"] = torch.full_like(norms, torch.nan)
+            if "loss_reduction" in self.wanted.terms:
+                found["loss_reduction"] = found["gradient_norm"]
+        elif "loss_reduction" in self.wanted.terms:
             found["loss_reduction"] = self._loss_reduction(batch, losses, norms)
         return found
 

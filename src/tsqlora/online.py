@@ -15,12 +15,13 @@ from datasets import Dataset
 from torch import nn
 
 from tsqlora import processes
+from tsqlora.collected import FINITE
 from tsqlora.credibility import ENOUGH
 from tsqlora.losses import infer_kind
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES
 from tsqlora.quality import Floats, QualityScores, quality_scores, tempered
-from tsqlora.scoring import FINITE, Scorer
+from tsqlora.scoring import Scorer
 from tsqlora.selection import draw, draw_size, unscored
 
 POSITION = "position"

@@ -13,7 +13,7 @@ gradient of A and B alone: heads and other `modules_to_save`, and LoRA's biases,
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -25,7 +25,6 @@ from tsqlora.errors import ModelError
 from tsqlora.experts import expert_factors
 from tsqlora.factors import Columns, Gradient, last_layers, scored_layers, sites
 from tsqlora.hooks import SampleTaps, SharedInput, frozen
-from tsqlora.replay import Replay
 
 
 class Reducer(Protocol):
@@ -63,6 +62,18 @@ class Dots:
         reference = self.reference[factor].to(gradient)
         reference = reference if columns is None else reference[:, columns.ids]
         self.total = self.total + gradient.flatten(1) @ reference.flatten()
+
+
+class Only:
+    """Hands on to `reducer` what it is given of `factors`, and nothing else."""
+
+    def __init__(self, reducer: Reducer, factors: Collection[str]) -> None:
+        self.reducer, self.factors = reducer, factors
+
+    def add(self, factor: str, gradient: Tensor, columns: Columns | None = None) -> None:
+        """Hand one factor on."""
+        if factor in self.factors:
+            self.reducer.add(factor, gradient, columns)
 
 
 class Keep:
@@ -110,17 +121,22 @@ class Keep:
         self.columns.clear()
 
 
+SHORT = 509
+"""Numbers in a sketch that stays in memory, where a `Sketch` of its own size goes to disk."""
+
+
 class Sketch:
     """A random projection of the whole gradient to `size` numbers that keeps inner products.
 
-    Number k is the sum of all entries p of all factors with p mod size = k, under random signs, so
-    E⟨sketch g, sketch h⟩ = ⟨g, h⟩ with standard error about ‖g‖‖h‖/√size (a count sketch: Charikar
-    et al. 2002; on gradients as in TRAK, arXiv 2303.14186). One multiplication and one addition an
-    entry. `size` is best a prime: then entries of one column do not meet. The signs depend on
-    `seed` and the factor's name only, never on the order of the modules.
+    Number k is the sum of all entries p of all factors with (start + p) mod size = k, under random
+    signs, so E⟨sketch g, sketch h⟩ = ⟨g, h⟩ with standard error about ‖g‖‖h‖/√size (a count sketch:
+    Charikar et al. 2002; on gradients as in TRAK, arXiv 2303.14186). One multiplication and one
+    addition an entry. `size` is best a prime: then entries of one column do not meet. Each factor
+    has a random start, as those shorter than `size` would meet on its first numbers. Signs and
+    start depend on `seed` and the factor's name only, never on the order of the modules.
     """
 
-    def __init__(self, size: int = 509, seed: int = 0) -> None:
+    def __init__(self, size: int = 2039, seed: int = 0) -> None:
         self.size, self.seed = size, seed
         self.total: Tensor | float = 0.0
         self._signs: dict[str, Tensor] = {}
@@ -129,11 +145,12 @@ class Sketch:
         """Add one factor's projection."""
         samples, rows, width = gradient.shape
         signs = self.signs(factor, rows, width if columns is None else columns.width, gradient)
+        start = self.start(factor)
         if columns is None:
-            share = self._folded((gradient * signs).flatten(1))
+            share = self._folded((gradient * signs).flatten(1)).roll(start, 1)
         else:
-            start = torch.arange(rows, device=gradient.device).unsqueeze(1) * columns.width
-            numbers = (start + columns.ids).flatten() % self.size
+            first = torch.arange(rows, device=gradient.device).unsqueeze(1) * columns.width
+            numbers = (start + first + columns.ids).flatten() % self.size
             signed = (gradient * signs[:, columns.ids]).flatten(1)
             share = gradient.new_zeros(samples, self.size).index_add_(1, numbers, signed)
         self.total = self.total + share
@@ -149,6 +166,10 @@ class Sketch:
         share = signed[:, :whole].unflatten(1, (-1, self.size)).sum(1)
         share[:, : signed.shape[1] - whole] += signed[:, whole:]
         return share
+
+    def start(self, factor: str) -> int:
+        """The number that the factor's first entry goes to."""
+        return zlib.crc32(f"{self.seed}/{factor}/start".encode()) % self.size
 
     def signs(self, factor: str, rows: int, width: int, like: Tensor) -> Tensor:
         """The factor's random signs (rows, width), of the type of `like`."""
@@ -177,6 +198,7 @@ class PerSampleGradients:
 
     Attributes:
         lengths: the T of the inputs in the last batch that went backward.
+        partial: whether not all adapted layers are watched.
     """
 
     def __init__(self, model: nn.Module, *reducers: Reducer, depth: float = 1.0) -> None:
@@ -186,11 +208,9 @@ class PerSampleGradients:
         self.experts = expert_factors(layers)
         self.lengths: set[int] = set()
         self._samples = 0
-        self._reached = False
+        self._reached, self.partial = False, depth < 1
         self._parameters = list(model.parameters())
         self._taps = SampleTaps({n: s.module for n, s in self.sites.items()}, self._consume)
-        watched = [s.module for s in self.sites.values()] + [e.block for e in self.experts]
-        self.replay = Replay(model, watched) if depth < 1 else None
         self._stack = ExitStack()
 
     @property
@@ -206,8 +226,6 @@ class PerSampleGradients:
     def __enter__(self) -> PerSampleGradients:
         self._stack.enter_context(frozen(self._parameters))
         self._stack.enter_context(self._taps)
-        if self.replay:
-            self._stack.enter_context(self.replay.recording())
         if self.experts:
             handle = self.model.register_forward_pre_hook(self._count, with_kwargs=True)
             self._stack.callback(handle.remove)
@@ -239,7 +257,7 @@ class PerSampleGradients:
         if not self._reached:
             raise ModelError(
                 "The loss reaches none of the last layers' LoRA factors: set quality.depth to 1."
-                if self.replay
+                if self.partial
                 else "The loss reaches no LoRA factor: does the forward call their modules?"
             )
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tsqlora.config import QualityConfig
 from tsqlora.convergence import (
     Sketches,
-    clusters,
     width,
     with_mean,
     with_others,
@@ -61,6 +60,8 @@ class Measurements:
         confidence: log-odds of the model's first class against its second (N); empty if no classes.
         agrees: whether the label is that first class (N); empty if no classes.
         classes: C for classification, else None.
+        kin: which samples pull at the same thing (N), by number: those of one class, those of one
+            number's too high or too low predictions; None if all do.
         alignment: the exact cosine of g_i with a reference's mean unit gradient (N), None if there
             is none.
     """
@@ -77,6 +78,7 @@ class Measurements:
     confidence: Floats = field(default_factory=lambda: np.zeros(0))
     agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     classes: int | None = None
+    kin: Ints | None = None
     alignment: Floats | None = None
 
 
@@ -226,16 +228,17 @@ def convergence_terms(pool: Measurements) -> Floats:
     """ΔC_i (N): the cosine of g_i with the mean unit gradient it should agree with.
 
     With a reference: the mean over the reference, exact, as it was known when g_i was at hand.
-    Without: the mean over the *other* samples of the same class (leave one out), or, where there
-    are no classes, of the same k-means cluster, of sketches. NaN where neither was measured.
+    Without: the mean over its *other* kin (leave one out), of sketches: the class, or the numbers
+    that are predicted too high, or too low, as these pull apart; of a text's, the whole pool. NaN
+    where neither was measured.
     """
     samples = len(pool.ids)
     if pool.alignment is not None:
         return pool.alignment
     if width(pool.sketch) == 0:
         return np.full(samples, np.nan)
-    groups = pool.group if pool.classes is not None else clusters(pool.sketch, samples)
-    return with_others(pool.sketch, groups)
+    kin = np.zeros(samples, dtype=np.int64) if pool.kin is None else pool.kin
+    return with_others(pool.sketch, kin)
 
 
 def _pool_cosine(pool: Measurements) -> Floats:

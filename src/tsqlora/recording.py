@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from tsqlora.factors import LinearSite, outer, sites
 from tsqlora.hooks import by_sample
 from tsqlora.lora_layers import lora_modules
 from tsqlora.losses import CAUSAL_LM, REGRESSION, sample_losses, target_lengths
-from tsqlora.per_sample_grads import Sketch
+from tsqlora.per_sample_grads import SHORT, Sketch
 
 TOLERANCE = 0.01
 """Relative error that low precision may cause between a loss and its samples'."""
@@ -54,7 +53,7 @@ class Recorder:
     def __init__(self, model: nn.Module, sketched: bool = True, seed: int = 0) -> None:
         held = sites(lora_modules(model))
         self.sites = [site for site in held if isinstance(site, LinearSite)]
-        self._tally = _Tally(Sketch(seed=seed) if sketched else None)
+        self._tally = _Tally(Sketch(SHORT, seed) if sketched else None)
         self._lengths: set[int] = set()
         self._calls: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
@@ -157,8 +156,9 @@ class _Recorded(torch.autograd.Function):
 class _Tally:
     """‖g_i‖ and `Sketch` of gradients that come factor by factor, reduced some `AT_ONCE`.
 
-    The factors' numbers lie side by side, each factor filled up with zeros to whole sketches, so
-    that one product with the signs and one sum serve many factors.
+    The factors' numbers lie side by side, each factor after as many zeros as its start says and
+    filled up with zeros to whole sketches, so that one product with the signs and one sum serve
+    many factors.
     """
 
     def __init__(self, sketch: Sketch | None) -> None:
@@ -193,16 +193,25 @@ class _Tally:
         self._waiting.clear()
 
     def _side_by_side(self) -> Tensor:
-        size = 1 if self.sketch is None else self.sketch.size
         first = self._waiting[0][1]
-        ends = list(accumulate(-(-v[0].numel() // size) * size for _, v in self._waiting))
+        around = [self._zeros(name, values[0].numel()) for name, values in self._waiting]
+        lengths = [v[0].numel() + sum(z) for (_, v), z in zip(self._waiting, around, strict=True)]
         kept = torch.float64 if first.dtype == torch.float64 else torch.float32
-        row = first.new_empty(len(first), ends[-1], dtype=kept)
-        for (_, values), start, end in zip(self._waiting, [0, *ends], ends, strict=False):
-            filled = start + values[0].numel()
-            row[:, start:filled].unflatten(1, values.shape[1:]).copy_(values)
-            row[:, filled:end] = 0
+        row = first.new_empty(len(first), sum(lengths), dtype=kept)
+        pieces = row.split(lengths, dim=1)
+        for (_, values), (before, after), piece in zip(self._waiting, around, pieces, strict=True):
+            piece[:, :before] = 0
+            piece[:, piece.shape[1] - after :] = 0
+            own = piece[:, before : piece.shape[1] - after]
+            own.unflatten(1, values.shape[1:]).copy_(values)
         return row
+
+    def _zeros(self, factor: str, numbers: int) -> tuple[int, int]:
+        """How many zeros stand before and after so many numbers of a factor."""
+        if self.sketch is None:
+            return 0, 0
+        start = self.sketch.start(factor)
+        return start, -(start + numbers) % self.sketch.size
 
     def _row_of_signs(self, like: Tensor) -> Tensor:
         assert self.sketch is not None
@@ -211,7 +220,8 @@ class _Tally:
             pieces = []
             for name, values in self._waiting:
                 signs = self.sketch.signs(name, values.shape[1], values.shape[2], like).flatten()
-                pieces += [signs, signs.new_zeros(-len(signs) % self.sketch.size)]
+                before, after = self._zeros(name, len(signs))
+                pieces += [signs.new_zeros(before), signs, signs.new_zeros(after)]
             self._signs[key] = torch.cat(pieces)
         return self._signs[key]
 

@@ -25,8 +25,10 @@ from tsqlora.batches import (
     require_samples,
     unwrapped,
 )
+from tsqlora.calibration import drawn_whole, measured_whole
+from tsqlora.collected import kin, numbers, predictions
 from tsqlora.config import QualityConfig, QualityWeights
-from tsqlora.errors import DataError, TrainingError
+from tsqlora.errors import DataError
 from tsqlora.fitting import fitting_batch_size
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import CLASSIFICATION, infer_kind
@@ -38,8 +40,6 @@ from tsqlora.per_sample_grads import PROBED
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw
 
-FINITE = ("loss", "gradient_norm")
-"""What has to be finite of every sample."""
 ADAPTED = 32
 """Samples a step of the brief adaptation where no batch size is given."""
 PART = 16
@@ -100,6 +100,9 @@ class Scorer:
         trusted = trusted if self.quality.preset == "default" else 0
         null = 0 if kind in FREE else min(samples, self.null_samples)
         halves = self.wanted.halves * samples + self.wanted_of_reference.halves * trusted
+        if self.wanted.economical:
+            more = replace(self.wanted, whole=True).halves - self.wanted.halves
+            halves += more * measured_whole(samples)
         return 0.5 * (halves + null)
 
     def score(
@@ -146,7 +149,9 @@ class Scorer:
                 if share[1] > 1:
                     processes.wait()
                 pool = Pool(model, rows, self.collator, batch_size)
-                self._fill(parts, pool, Meter(model, infer_kind(model), wanted, direction), share)
+                ways = [replace(wanted, whole=True), wanted] if wanted.economical else [wanted]
+                meters = [Meter(model, infer_kind(model), way, direction) for way in ways]
+                self._fill(parts, pool, meters, share)
                 if wanted.sums_units:
                     if share[1] > 1:
                         processes.wait()  # until all parts are there
@@ -189,38 +194,54 @@ class Scorer:
             return self.batch_size
         note, key = folder / BATCH, digest(inputs, self.bf16, len(dataset), asdict(self.wanted))
         if share[0] == 0 and not (note.exists() and read_json(note).get("inputs") == key):
-            found = fitting_batch_size(model, dataset, self.collator, self.wanted)
+            most = replace(self.wanted, whole=self.wanted.economical)
+            found = fitting_batch_size(model, dataset, self.collator, most)
             atomic_write_json(note, {"inputs": key, "batch_size": found})
         if share[1] > 1:
             processes.wait()
         return int(read_json(note)["batch_size"])
 
-    def _fill(self, parts: Parts, pool: Pool, meter: Meter, share: tuple[int, int]) -> None:
-        meter.halving.halvings = parts.halvings
+    def _batches(self, pool: Pool, meters: list[Meter]) -> list[tuple[Meter, np.ndarray]]:
+        """All batches, each with its meter; of two meters the first is for those measured whole."""
+        if len(meters) == 1:
+            return [(meters[0], positions) for positions in pool.plan]
+        whole = drawn_whole(len(pool.tokens), self.seed)
+        rest = np.setdiff1d(np.arange(len(pool.tokens)), whole)
+        return [
+            (meter, positions)
+            for meter, those in zip(meters, (whole, rest), strict=True)
+            for positions in pool.planned(those)
+        ]
+
+    def _fill(self, parts: Parts, pool: Pool, meters: list[Meter], share: tuple[int, int]) -> None:
+        planned, main = self._batches(pool, meters), meters[0]
+        main.halving.halvings = parts.halvings
         size = PART
-        if meter.wanted.sums_units:  # each part leaves sums as large as the adapter
-            size = max(PART, -(-len(pool.plan) // MOST_SUMS))
+        if main.wanted.sums_units:  # each part leaves sums as large as the adapter
+            size = max(PART, -(-len(planned) // MOST_SUMS))
         there, (first, every) = parts.there(), share
-        numbers = [n for n in range(first, -(-len(pool.plan) // size), every) if n not in there]
-        if not numbers:
+        numbered = [n for n in range(first, -(-len(planned) // size), every) if n not in there]
+        if not numbered:
             return
         _, batch = next(pool.take(pool.plan[0][:PROBED]))
-        meter.prepare(batch)
-        chunks = {n: pool.plan[size * n : size * (n + 1)] for n in numbers}
-        ahead = np.concatenate([np.concatenate(chunk) for chunk in chunks.values()])
+        main.prepare(batch)
+        for other in meters[1:]:
+            other.single, other.halving = main.single, main.halving
+        chunks = {n: planned[size * n : size * (n + 1)] for n in numbered}
+        ahead = np.concatenate([places for chunk in chunks.values() for _, places in chunk])
         with progress(
             pool.tokens, ahead, f"{parts.folder.name} scores", hidden=first > 0
         ) as passed:
             began = time.perf_counter()
             for number, chunk in chunks.items():
                 measured: list[Columns] = []
-                for positions in chunk:
+                for meter, positions in chunk:
                     for places, batch in pool.take(positions):
                         measured.append({"position": places, **meter.measure(batch)})
                     passed(positions)
                 columns = {k: np.concatenate([m[k] for m in measured]) for k in measured[0]}
                 began, before = time.perf_counter(), began
-                halvings, units = meter.halving.halvings, meter.take_units()
+                halvings, units = main.halving.halvings, main.take_units()
                 parts.write(number, columns, halvings, units, began - before)
                 release()
 
@@ -229,11 +250,8 @@ class Scorer:
     ) -> Measurements:
         """What was measured, in the data set's order; wrong targets' losses only with `null`."""
         kind, names = infer_kind(model), parts.names
-        columns: dict[str, np.ndarray] = {
-            name: parts.column(name) if name in names else np.full(len(rows), np.nan, np.float32)
-            for name in ("loss", "gradient_norm", "loss_reduction")
-        }
-        _require_finite(_ids(rows), [c for n, c in columns.items() if n in FINITE and n in names])
+        whole = drawn_whole(len(rows), self.seed)
+        columns = numbers(parts, _ids(rows), whole, self.wanted.first_order)
         found = np.zeros(0), np.zeros(0, dtype=np.int32)
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
@@ -255,8 +273,9 @@ class Scorer:
             group=group,
             null_loss=found[0],
             null_group=found[1],
-            **_predictions(parts, group) if kind == CLASSIFICATION else {},
+            **predictions(parts, group) if kind == CLASSIFICATION else {},
             classes=width,
+            kin=kin(parts, kind),
         )
 
     def _named(self, dataset: Dataset, reference: Dataset | None) -> list[tuple[str, Dataset]]:
@@ -284,7 +303,7 @@ def score_samples(
     one, else the row numbers. Batches take as much memory as `batch_size` of the longest samples,
     by default as many as fit and pay, found by trial, and are halved when memory runs out. Under
     `torch.autocast` forwards run in its precision. What is measured waits in a temporary folder,
-    about 2 kB a sample, or far less where a `reference` is known.
+    about 8 kB a sample, or far less where a `reference` is known.
 
     Raises:
         ModelError: the model's kind or a layer's kind is not supported.
@@ -310,28 +329,6 @@ def _back_to(model: nn.Module, device: torch.device) -> None:
     """The adaptation's Trainer may have moved it to an accelerator."""
     if next(model.parameters()).device != device:
         model.to(device)
-
-
-def _predictions(parts: Measured, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """How sure the model is of its first class, and whether the label is that class (N each)."""
-    confidence = np.zeros(len(labels), dtype=np.float32)
-    agrees = np.zeros(len(labels), dtype=bool)
-    for positions, outputs in parts.blocks("output"):
-        best = torch.tensor(outputs).topk(2)
-        confidence[positions] = (best.values[:, 0] - best.values[:, 1]).numpy()
-        agrees[positions] = best.indices[:, 0].numpy() == labels[positions]
-    return {"confidence": confidence, "agrees": agrees}
-
-
-def _require_finite(ids: np.ndarray, columns: list[np.ndarray]) -> None:
-    bad = ~np.all([np.isfinite(column) for column in columns], axis=0)
-    if bad.any():
-        named = ", ".join(str(number) for number in ids[bad][:5])
-        raise TrainingError(
-            f"Loss or gradient of {bad.sum()} of {len(bad)} samples is not finite (rows "
-            f"{named}{', ...' if bad.sum() > 5 else ''}): lower training.learning_rate, or mend "
-            "these rows."
-        )
 
 
 def _ids(dataset: Dataset) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""What was measured of a pool, read back from its parts for `quality.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from tsqlora.calibration import Known, calibrated
+from tsqlora.errors import TrainingError
+from tsqlora.losses import CLASSIFICATION, REGRESSION
+from tsqlora.parts import Measured
+
+FINITE = ("loss", "gradient_norm")
+"""What has to be finite of every sample."""
+
+
+def numbers(
+    parts: Measured,
+    ids: np.ndarray,
+    whole: np.ndarray,
+    first_order: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Loss, gradient norm and loss reduction (N each), NaN where not wanted.
+
+    Where only the samples at the positions `whole` were measured whole, the others are calibrated
+    by them; `first_order` as in `calibration.calibrated`.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite.
+    """
+    names = parts.names
+    found: dict[str, np.ndarray] = {
+        name: parts.column(name) if name in names else np.full(len(ids), np.nan, np.float32)
+        for name in ("loss", "gradient_norm", "loss_reduction")
+    }
+    if "last_norm" not in names:
+        _require_finite(ids, [found[name] for name in FINITE if name in names])
+        return found
+    last, norms = parts.column("last_norm"), found["gradient_norm"]
+    measured = last.copy()
+    measured[whole] = norms[whole]
+    _require_finite(ids, [found["loss"], last, measured])
+    known = Known(found["loss"], parts.column("length"), last)
+    norms, reductions = calibrated(known, norms, found["loss_reduction"], first_order)
+    found["gradient_norm"] = norms.astype(np.float32)
+    found["loss_reduction"] = reductions.astype(np.float32)
+    return found
+
+
+def kin(parts: Measured, kind: str) -> np.ndarray | None:
+    """Which samples' gradients belong together: see `Measurements.kin`."""
+    if kind == CLASSIFICATION:
+        return parts.column("label")
+    if kind != REGRESSION:
+        return None
+    labels = parts.column("label")
+    high = np.zeros(len(labels), dtype=np.int32)
+    for positions, outputs in parts.blocks("output"):
+        high[positions] = outputs[:, 0] > labels[positions]
+    return high
+
+
+def predictions(parts: Measured, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """How sure the model is of its first class, and whether the label is that class (N each)."""
+    confidence = np.zeros(len(labels), dtype=np.float32)
+    agrees = np.zeros(len(labels), dtype=bool)
+    for positions, outputs in parts.blocks("output"):
+        best = torch.tensor(outputs).topk(2)
+        confidence[positions] = (best.values[:, 0] - best.values[:, 1]).numpy()
+        agrees[positions] = best.indices[:, 0].numpy() == labels[positions]
+    return {"confidence": confidence, "agrees": agrees}
+
+
+def _require_finite(ids: np.ndarray, columns: list[np.ndarray]) -> None:
+    bad = ~np.all([np.isfinite(column) for column in columns], axis=0)
+    if bad.any():
+        named = ", ".join(str(number) for number in ids[bad][:5])
+        raise TrainingError(
+            f"Loss or gradient of {bad.sum()} of {len(bad)} samples is not finite (rows "
+            f"{named}{', ...' if bad.sum() > 5 else ''}): lower training.learning_rate, or mend "
+            "these rows."
+        )
