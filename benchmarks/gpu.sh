@@ -13,10 +13,6 @@ WHEELS="datasets dill multiprocess nltk opacus"
 
 pack() {
   rm -rf $PACK && mkdir -p $PACK/shared/data $PACK/shared/models $PACK/minilm $PACK/wheels
-  local exclude
-  exclude=$(git rev-parse --git-path info/exclude)
-  mkdir -p "$(dirname "$exclude")"
-  grep -qxsF /$PACK/ "$exclude" || echo /$PACK/ >>"$exclude"
   cp -rL ../shared/models/misaki_bart_us $PACK/shared/models/
   for file in ../shared/data/{sst2,g2p_en_gb}/{train,validation,test}.jsonl; do
     mkdir -p "$(dirname "$PACK/${file#../}")"

@@ -82,7 +82,7 @@ class Run:
         wanted = config if isinstance(config, RunConfig) else RunConfig.from_yaml(config)
         check_config(wanted)
         folder = processes.from_main(lambda: RunFolder.create(wanted.output, wanted, resume))
-        folder.require_shared()
+        processes.require_shared(folder.path)
         run = cls(wanted, folder)
         if not processes.is_main():
             logger.setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +16,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed import distributed_c10d
 
-from tsqlora.errors import TsqloraError
+from tsqlora.artefacts import temporary_name
+from tsqlora.errors import RunError, TsqloraError
 
 T = TypeVar("T")
 
@@ -112,6 +114,30 @@ def from_main(function: Callable[[], T]) -> T:
     if found[1] is not None:
         raise found[1]
     return cast(T, found[0])
+
+
+def require_shared(folder: Path) -> None:
+    """Refuse a folder that not all processes of this launch see: all read what one writes.
+
+    Raises:
+        RunError: they do not.
+    """
+
+    def touch() -> Path:
+        probe = temporary_name(folder / "probe")
+        probe.touch()
+        return probe
+
+    probe = from_main(touch)
+    os.listdir(folder) if folder.is_dir() else ()  # a network's file system looks again
+    seen = gather(probe.exists())
+    if is_main():
+        probe.unlink()
+    if not all(seen):
+        raise RunError(
+            f"{folder} is not the same folder for all processes: put `output` on a file "
+            "system that all machines share, under the same path."
+        )
 
 
 def speaks() -> bool:

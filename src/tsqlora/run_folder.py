@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsqlora import processes
 from tsqlora.artefacts import (
     VERSION,
     atomic_write_json,
@@ -147,8 +145,7 @@ class RunFolder:
             if run.path.exists() and not run.path.is_dir():
                 raise RunError(f"{run.path} is a file, not a folder: choose another `output`.")
             run.path.mkdir(parents=True, exist_ok=True)
-            if processes.is_main():
-                remove_temporaries(run.path)
+            remove_temporaries(run.path)
             run._check_room()
             if run.config.exists() and not run._without_artefacts():
                 run._check_same(config)
@@ -176,23 +173,6 @@ class RunFolder:
                 f"{run.path} is no run ({what}): give the `output` of a `tsqlora train`."
             )
         return run
-
-    def require_shared(self) -> None:
-        """Refuse a folder that not all processes of this launch see: all read what one writes.
-
-        Raises:
-            RunError: they do not.
-        """
-        probe = processes.from_main(self._touch)
-        os.listdir(self.path) if self.path.is_dir() else ()  # a network's file system looks again
-        seen = processes.gather(probe.exists())
-        if processes.is_main():
-            probe.unlink()
-        if not all(seen):
-            raise RunError(
-                f"{self.path} is not the same folder for all processes: put `output` on a file "
-                "system that all machines share, under the same path."
-            )
 
     def load_config(self) -> RunConfig:
         """The configuration of this run.
@@ -254,12 +234,9 @@ class RunFolder:
                 f"Only {free / 1e6:.0f} MB are free for {self.path}, a run needs at least "
                 f"{LEAST_FREE / 1e6:.0f} MB: make room, or choose another `output`."
             )
-        self._touch().unlink()
-
-    def _touch(self) -> Path:
         probe = temporary_name(self.path / "probe")
         probe.touch()
-        return probe
+        probe.unlink()
 
     def _check_same(self, config: RunConfig) -> None:
         there, wanted = _flat(self.load_config().to_dict()), _flat(config.to_dict())
