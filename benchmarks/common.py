@@ -156,15 +156,17 @@ def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
     return {name: cases[name] for name in options.models}
 
 
-def save(options: argparse.Namespace, models: dict[str, Any]) -> None:
-    """The figures, with what they were measured on."""
+def save(options: argparse.Namespace, name: str, figures: dict[str, Any]) -> None:
+    """A model's figures into the results, as soon as they are there; other models' stay."""
+    there = json.loads(options.out.read_text()) if options.out.exists() else {}
+    used = {k: v for k, v in vars(options).items() if isinstance(v, int | list) and k != "models"}
     report = {
         "device": options.device,
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "repeats": options.repeats,
-        "models": models,
+        "models": {**there.get("models", {}), name: figures},
+        "options": {**there.get("options", {}), name: used},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -206,11 +206,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.set_defaults(repeats=2, batch_size=8)
     options = parser.parse_args()
-    models = {}
     for name, case in cases_of(options).items():
-        models[name] = measure(case(), options)
-        show(name, models[name])
-    save(options, models)
+        figures = measure(case(), options)
+        show(name, figures)
+        save(options, name, figures)
 
 
 if __name__ == "__main__":

@@ -304,12 +304,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--bf16", action="store_true", help="all of it under autocast")
     options = parser.parse_args()
-    models = {}
     for name, case in cases_of(options).items():
         with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
-            models[name] = measure(case(), options.repeats, options.device, options.methods)
-        show(name, models[name])
-    save(options, models)
+            figures = measure(case(), options.repeats, options.device, options.methods)
+        show(name, figures)
+        save(options, name, figures)
 
 
 if __name__ == "__main__":

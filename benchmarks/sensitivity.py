@@ -105,11 +105,10 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, print, save."""
     options = options_of(__doc__.splitlines()[0], "sensitivity.json").parse_args()
-    models = {}
     for name, case in cases_of(options).items():
-        models[name] = measure(case(), options.repeats, options.device)
-        show(name, models[name])
-    save(options, models)
+        figures = measure(case(), options.repeats, options.device)
+        show(name, figures)
+        save(options, name, figures)
 
 
 if __name__ == "__main__":
