@@ -96,18 +96,23 @@ def _write_run(folder: Path, changes: dict[str, Any]) -> Path:
 
 def causal_run(folder: Path, samples: int = 120, **changes: Any) -> Path:
     """A configuration file for a tiny causal language model that names a word of the text."""
+    settings = {"task": "causal-lm", "data.text": "{text} ", "metrics": ["loss"], **changes}
+    return _naming_run(folder, "llama", samples, settings)
+
+
+def seq2seq_run(folder: Path, samples: int = 120, **changes: Any) -> Path:
+    """The same for a tiny encoder-decoder."""
+    settings = {"task": "seq2seq", "metrics": ["exact_match"], **changes}
+    return _naming_run(folder, "bart", samples, settings)
+
+
+def _naming_run(folder: Path, name: str, samples: int, changes: dict[str, Any]) -> Path:
     model = folder / "model"
     if not model.exists():
-        save_model(model, "llama")
-    for name, count, seed in (("train", samples, 0), ("validation", 30, 1)):
+        save_model(model, name)
+    for split, count, seed in (("train", samples, 0), ("validation", 30, 1)):
         rows = [{**row, "label": WORDS[int(row["label"][-1])]} for row in class_rows(count, seed)]
-        write_rows(folder / f"{name}.jsonl", rows)
-    changes = {
-        "task": "causal-lm",
-        "data.text": "{text} ",
-        "metrics": ["loss"],
-        **changes,
-    }
+        write_rows(folder / f"{split}.jsonl", rows)
     return _write_run(folder, changes)
 
 

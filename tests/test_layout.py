@@ -109,14 +109,23 @@ def test_files_and_functions_stay_short(module: str) -> None:
             assert length <= FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
 
 
-def test_no_tracked_file_is_data_or_a_model() -> None:
+def tracked() -> list[Path]:
     root = SOURCE.parents[1]
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     files = [root / name for name in listed.stdout.split("\0") if name]
-    sizes = {file.name: file.stat().st_size for file in files if file.exists()}
+    return [file for file in files if file.exists()]
+
+
+def test_no_tracked_file_is_data_or_a_model() -> None:
+    sizes = {file.name: file.stat().st_size for file in tracked()}
     assert max(sizes.values()) <= FILE_BYTES, max(sizes, key=sizes.__getitem__)
+
+
+def test_no_tracked_file_holds_both_sides_of_a_conflict() -> None:
+    marks = re.compile(rb"^(<{7}|>{7}) ", re.MULTILINE)
+    assert not [file.name for file in tracked() if marks.search(file.read_bytes())]
 
 
 def test_the_light_modules_import_neither_torch_nor_transformers() -> None:

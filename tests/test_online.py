@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
 from reference import looped_gradients, loss_of, one_by_one
-from runs import classification_run
+from runs import causal_run, classification_run, seq2seq_run
 from test_per_sample_grads import checkpointed
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import QualityScores
@@ -196,31 +197,70 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(online_run(tmp_path_factory.mktemp("whole")))
 
 
-@pytest.mark.parametrize("at", [4, 6, 9])
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    at: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From within the first epoch, from within the second, and from the last step of the second."""
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Trains by a configuration until it is killed after a step."""
 
-    class Kill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-            if state.global_step == at:
-                raise Killed
+    def run(config: Path, at: int) -> None:
+        class Kill(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+                if state.global_step == at:
+                    raise Killed
 
-    original = OnlineTrainer.__init__
+        original = OnlineTrainer.__init__
 
-    def started(self: OnlineTrainer, *given: Any, **settings: Any) -> None:
-        original(self, *given, **settings)
-        self.add_callback(Kill())
+        def started(self: OnlineTrainer, *given: Any, **settings: Any) -> None:
+            original(self, *given, **settings)
+            self.add_callback(Kill())
 
-    config = online_run(tmp_path)
-    monkeypatch.setattr(OnlineTrainer, "__init__", started)
-    with pytest.raises(Killed):
-        train(config)
-    monkeypatch.undo()
-    resumed = train(config, resume=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(OnlineTrainer, "__init__", started)
+            with pytest.raises(Killed):
+                train(config)
+
+    return run
+
+
+def assert_same_bytes(resumed: Path, whole: Path) -> None:
     for name in ("adapter/adapter_model.safetensors", "scores.parquet"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("at", [4, 6, 9])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    at: int, whole: Path, tmp_path: Path, killed: Callable[[Path, int], None]
+) -> None:
+    """From within the first epoch, from within the second, and from the last step of the second."""
+    config = online_run(tmp_path)
+    killed(config, at)
+    assert_same_bytes(train(config, resume=True), whole)
+
+
+@pytest.mark.parametrize("made", [causal_run, seq2seq_run])
+def test_generation_pays_for_a_null_each_epoch_and_goes_on_to_the_same_bytes(
+    made: Callable[..., Path], tmp_path: Path, killed: Callable[[Path, int], None]
+) -> None:
+    def config(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        settings = {"quality.mode": "online", "training.num_train_epochs": 3}
+        return made(
+            tmp_path / name, 100, **settings, **{"training.per_device_train_batch_size": 25}
+        )
+
+    folder = train(config("whole"))
+    scores = QualityScores.from_parquet(folder / "scores.parquet")
+    seen = np.isfinite(scores.gradient_norm)
+    assert 50 < seen.sum() <= 100
+    assert np.isfinite(scores.convergence[seen]).all()
+    assert "no wrong ones to compare" not in scores.verdict
+    cost = json.loads((folder / "metrics.json").read_text())["cost"]["stages"]
+    assert cost["scores"]["passes"] == 3 * 40 / 2, "after each epoch a forward of 40 pairs"
+    assert cost["training"]["passes"] == 150
+    interrupted = config("killed")
+    killed(interrupted, 5)
+    assert_same_bytes(train(interrupted, resume=True), folder)
+    resumed = json.loads((tmp_path / "killed/run/metrics.json").read_text())["cost"]["stages"]
+    assert resumed["scores"]["passes"] == cost["scores"]["passes"]
 
 
 def found_by(trainer: PoolTrainer) -> list[list[float]]:
