@@ -22,6 +22,7 @@ settings.load_profile("deterministic")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shared: needs the data or models of ../shared")
     config.addinivalue_line("markers", "llama_cpp: needs llama-cpp-python and gguf")
+    config.addinivalue_line("markers", "deepspeed: needs deepspeed and a C++ compiler")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ from tsqlora.allocation import RankPlan, pattern_key
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.lora_layers import LoraModule, lora_modules
 from tsqlora.optimizer_state import keep_state, state_of, zero_state
-from tsqlora.sharded import set_slices, whole
+from tsqlora.sharded import set_parameter, whole, zero_gradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -233,9 +233,8 @@ def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | 
     index = torch.as_tensor(list(components), device=module.a.weight.device, dtype=torch.long)
     with torch.no_grad():
         for parameter, dimension in _factors(module):
-            set_slices(parameter, dimension, index, 0.0)
-            if parameter.grad is not None:
-                set_slices(parameter.grad, dimension, index, 0.0)
+            set_parameter(parameter, dimension, index, 0.0)
+            zero_gradient(parameter, dimension, index)
     forget(module, index, optimizer)
 
 
@@ -262,7 +261,7 @@ def grow(
         for component in components:
             row = torch.empty(weight.shape[1]).uniform_(-bound, bound, generator=generator)
             index = torch.tensor([component], device=weight.device)
-            set_slices(weight, 0, index, row[None].to(weight.device))
+            set_parameter(weight, 0, index, row[None].to(weight.device))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -25,7 +25,7 @@ def train_plain_lora(inputs: Inputs, steps: int) -> dict[str, float]:
     base = inputs.base_model()
     set_seed(config.seed)
     model = wrap(base, uniform_config(config, base, config.adapter.dropout))
-    settings = {**config.training, "max_steps": steps, "save_strategy": "no"}
+    settings = {**config.training, "deepspeed": None, "max_steps": steps, "save_strategy": "no"}
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(settings, Path(folder), config.seed)
         data = inputs.splits.train

@@ -15,6 +15,7 @@ from tsqlora.allocation import RankPlan
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import lora_modules
+from tsqlora.zero import before_steps
 
 STATE_FILE = "dynamic_rank.json"
 
@@ -53,7 +54,7 @@ class DynamicRankCallback(TrainerCallback):
         self.plan, self.headroom, self.schedule, self.seed = plan, headroom, schedule, seed
         self.on_moves, self.compact, self.resume_from = on_moves, compact, resume_from
         self.ranks: DynamicRank | None = None
-        self._ready = False
+        self._ready = self._inside = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,12 +93,17 @@ class DynamicRankCallback(TrainerCallback):
         if state.global_step:
             checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
             self.ranks.load_state_dict(_read(checkpoint))
+        self._inside = before_steps(kwargs["optimizer"], self._before_step)
         self._tell()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gradients are there, the optimizer has not stepped yet."""
+        """Gradients are there, the optimizer has not stepped yet, unless DeepSpeed has."""
+        if not self._inside:
+            self._before_step()
+
+    def _before_step(self) -> None:
         assert self.ranks is not None
         move = self.ranks.step()
         if move is not None:

@@ -27,6 +27,8 @@ from tsqlora.lora_layers import LoraModule, lora_modules
 from tsqlora.observing import Observed, Observer
 from tsqlora.optimizer_state import check_understood, is_quantised
 from tsqlora.sensitivity import LayerSensitivity
+from tsqlora.sharded import has_gradient
+from tsqlora.zero import in_pieces
 
 logger = logging.getLogger("tsqlora")
 
@@ -128,7 +130,7 @@ class DynamicRank:
             TrainingError: no factor has a gradient, all are zero over a whole window, or the
                 optimizer's state is not understood.
         """
-        if all(m.b.weight.grad is None for m in self.modules):
+        if not any(has_gradient(m.b.weight) for m in self.modules):
             raise TrainingError(
                 "No LoRA factor has a gradient: call DynamicRank.step() after backward and before "
                 "optimizer.step() and zero_grad(), and see that the adapter is trainable."
@@ -246,7 +248,7 @@ class DynamicRank:
         if any(mask != first or not observed.alike(other) for mask, other in others):
             raise TrainingError(
                 f"The processes differ in ranks or gradients at step {self.taken}: train the model "
-                "under DistributedDataParallel or FSDP2, with the same seed and plan in all, and "
+                "under DistributedDataParallel, FSDP2 or ZeRO, with one seed and plan in all, and "
                 "call DynamicRank.step() after the last backward of the step."
             )
         return observed
@@ -320,7 +322,11 @@ class DynamicRank:
 
 def _check_trained(modules: list[LoraModule], optimizer: Optimizer) -> None:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [m.name for m in modules if not {id(m.a.weight), id(m.b.weight)} <= trained]
+    missing = [
+        m.name
+        for m in modules
+        if not all(id(f.weight) in trained or in_pieces(f.weight) for f in (m.a, m.b))
+    ]
     if missing:
         raise TrainingError(
             f"The optimizer does not train the LoRA factors of {missing[0]}"

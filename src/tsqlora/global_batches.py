@@ -7,6 +7,7 @@ processes, of accumulated batches, or of samples that are left for the last step
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,8 @@ class GlobalBatchTrainer(Trainer):
         if self.args.fsdp:
             processes.shard_on_cpu()
         super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # accelerate says so to all that comes after
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
             return

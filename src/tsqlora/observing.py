@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import LoraModule
-from tsqlora.sharded import whole
+from tsqlora.sharded import whole, whole_gradient
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Observer:
         inner, squares, lengths = [], [], []
         for module in self.modules:
             a, b = (whole(f.weight.detach()).float() for f in (module.a, module.b))
-            gradient = module.b.weight.grad
-            gradient = torch.zeros_like(b) if gradient is None else whole(gradient).float()
+            gradient = whole_gradient(module.b.weight)
+            gradient = torch.zeros_like(b) if gradient is None else gradient.float()
             inner.append(torch.linalg.vecdot(b, gradient, dim=0))
             squares.append(torch.linalg.vecdot(gradient, gradient, dim=0))
             lengths.append(torch.linalg.vecdot(a, a))

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from tsqlora.errors import TrainingError
 from tsqlora.sharded import set_slices, whole
+from tsqlora.zero import Piece, in_pieces, pieces_of_state
 
 _ROWS = {"row_var": "col_var", "exp_avg_sq_row": "exp_avg_sq_col"}
 _COLUMNS = {column: row for row, column in _ROWS.items()}
@@ -32,9 +33,20 @@ _QUANTISING = ("qmap1", "qmap2", "absmax1", "absmax2", "new_max1", "new_max2")
 
 def state_of(optimizer: Optimizer | None, parameter: nn.Parameter) -> dict[str, Any]:
     """The optimizer's state of one parameter; empty before its first step."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    found: dict[str, Any] = inner.state.get(parameter, {}) if inner is not None else {}
+    if optimizer is None:
+        return {}
+    inner = _unwrapped(optimizer)
+    if in_pieces(parameter):
+        return pieces_of_state(inner, parameter)
+    found: dict[str, Any] = inner.state.get(parameter, {})
     return found
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """torch's within accelerate's wrapper and DeepSpeed's ZeRO."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def check_understood(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
@@ -97,7 +109,7 @@ def _slices(
     found = {}
     rows, columns = parameter.shape
     for key, value in state.items():
-        plain = type(value) in (Tensor, nn.Parameter) or type(value).__name__ == "DTensor"
+        plain = type(value) in (Tensor, nn.Parameter, Piece) or type(value).__name__ == "DTensor"
         shape = tuple(value.shape) if plain else None
         if shape == (rows, columns) and key not in _OTHER:
             if _quantised(value) and _QUANTISED.get(key) not in state:
@@ -118,7 +130,7 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _quantised(value: Tensor) -> bool:
+def _quantised(value: Tensor | Piece) -> bool:
     return not value.is_floating_point()
 
 
@@ -133,7 +145,7 @@ def _zero_code(state: dict[str, Any], key: str) -> int:
 
 
 def _not_understood(optimizer: Optimizer | None, key: str, value: Any) -> TrainingError:
-    name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    name = type(_unwrapped(optimizer)).__name__
     what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return TrainingError(
         f"{name} keeps {key!r} ({what}) for a LoRA factor, and dynamic ranks do not know what part "

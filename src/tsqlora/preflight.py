@@ -26,6 +26,7 @@ from tsqlora.recording import Recorder, sample_weights, summed_loss
 from tsqlora.selection import draw_size
 from tsqlora.starting import initial_adapter
 from tsqlora.training import training_arguments
+from tsqlora.zero_settings import deepspeed_settings
 
 
 def check_config(config: RunConfig) -> None:
@@ -38,11 +39,16 @@ def check_config(config: RunConfig) -> None:
     if (quantization := Quantization.of(config)) is not None:
         quantization.check()
     initial_adapter(config)
-    if config.training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if deepspeed_settings(config.training) is None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise ConfigError(
+                "DeepSpeed's configuration belongs into training.deepspeed: start by torchrun, or "
+                "by accelerate without --use_deepspeed (docs/parallel.md)."
+            )
+    elif processes.count() == 1:
         raise ConfigError(
-            "training.deepspeed: DeepSpeed takes the optimizer's step inside the backward call, "
-            "before ranks can be moved. Use `fsdp: true`, which shards parameters, gradients and "
-            "optimizer state (docs/parallel.md)."
+            "training.deepspeed shards over several processes, and there is one: start more, "
+            "`torchrun --nproc_per_node 2 -m tsqlora ...`, or leave it out."
         )
     if processes.count() > 1 and config.ranks.compact:
         raise ConfigError("ranks.compact is for a single process: leave it out.")
@@ -87,7 +93,8 @@ def check_run(config: RunConfig, model: PeftModel, splits: Splits, collator: Col
     shapes = {module.name: module.shape for module in lora_modules(model)}
     check_ranks(shapes, ranks.mean_rank, ranks.parameters, ranks.min_rank, ranks.max_rank)
     with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
-        arguments = training_arguments(config.training, Path(folder), config.seed)
+        settings = {**config.training, "deepspeed": None}  # its engine is for all processes
+        arguments = training_arguments(settings, Path(folder), config.seed)
         drawn = draw_size(len(splits.train), config.quality.fraction)
         if arguments.dataloader_drop_last and drawn < arguments.train_batch_size:
             raise ConfigError(
@@ -102,5 +109,6 @@ def check_run(config: RunConfig, model: PeftModel, splits: Splits, collator: Col
         except Exception as error:  # whatever the libraries behind a key raise, the user mends it
             raise ConfigError(f"training: {error}") from error
     if config.quality.mode == "online":
-        refuse_shards(arguments, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled)
+        sharded = trainer.is_fsdp_enabled, bool(config.training.get("deepspeed"))
+        refuse_shards(arguments, *sharded)
         check_recordable(model, config.task, splits.train, collator)

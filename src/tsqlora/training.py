@@ -17,6 +17,7 @@ from tsqlora.checkpoints import train_from, whole_checkpoints
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.selection import LengthGrouped, QualitySampler
+from tsqlora.zero_settings import check_by_deepspeed, deepspeed_settings
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -80,6 +81,8 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
         ConfigError: transformers refuses a value, or one would be without effect.
     """
     merged = {**DEFAULTS, **settings}
+    if (zero := deepspeed_settings(settings)) is not None:
+        merged["deepspeed"] = zero
     if processes.count() > 1 and not torch.accelerator.is_available():
         merged["use_cpu"] = True  # without which transformers sees one process
     try:
@@ -92,6 +95,8 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+    if zero is not None:
+        check_by_deepspeed(arguments.hf_deepspeed_config)
     if arguments.train_sampling_strategy not in ("random", GROUPED):
         raise ConfigError(
             "training.train_sampling_strategy: tsqlora draws the samples by their quality; use "

@@ -32,7 +32,7 @@ def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptatio
     share of the steps that are left, unless the training's stays constant. One process takes the
     batches of all.
     """
-    settings = {**DEFAULTS, **config.training}
+    settings = {**DEFAULTS, **config.training, "deepspeed": None}
     with processes.alone(), tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         arguments = training_arguments(settings, Path(folder), config.seed)
     drawn = draw_size(samples, config.quality.fraction)
