@@ -226,6 +226,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_a_row_is_read(
     said = capsys.readouterr().err
     assert message in said
     assert "no.jsonl" not in said
+    assert said.count("wrong base?") <= 3
     assert not list((tmp_path / "run").glob("*")), "nothing of a run but its claimed folder"
 
 

@@ -48,6 +48,20 @@ def test_nothing_is_trained_or_kept_before_model_and_trainer_agree(
     assert kept == {"config.yaml", "checkpoints", *pool}  # the encoded pool is no artefact
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("load_best_model_at_end", True), ("optim", "adamw_bnb_8bit")]
+)
+def test_what_cannot_be_compacted_is_refused_before_anything(
+    key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = classification_run(tmp_path, **{"ranks.compact": True, f"training.{key}": value})
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert f"training.{key}" in said
+    assert "ranks.compact" in said
+    assert not list((tmp_path / "run").glob("*"))
+
+
 def test_no_is_a_strategy_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
     config = classification_run(tmp_path, **{"training.save_strategy": False})
     assert main(["train", str(config), "--set", "training.max_steps=2"]) == 0

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from runs import write_rows
 from tsqlora.allocation import RankPlan
-from tsqlora.artefacts import append_line, atomic_write_json, read_lines
+from tsqlora.artefacts import atomic_write_json, read_lines
 from tsqlora.config import RunConfig
 from tsqlora.errors import RunError
 from tsqlora.figures import curves, grids, histogram, kind_of, number, ticks
@@ -111,12 +112,12 @@ def fill(run: RunFolder) -> None:
     RankPlan(ranks, SHAPES, 2.0, 3000).save(run.plan)
     moved = {**ranks, names[0]: 6, names[5]: 5}
     move = {"ranks": moved, "pruned": {names[0]: 3}, "grown": {names[5]: 1}}
-    append_line(run.ranks, {"step": 40, **move})
+    write_rows(run.ranks, [{"step": 40, **move}])
     cost = {"scoring_seconds": 75.0, "training_seconds": 225.0, "scoring_passes": 400}
     run.update_metrics({"base": {"loss": 2.5}, "validation": {"loss": 1.25, "f1": None}})
     run.update_metrics({"cost": {**cost, "training_passes": 600, "peak_memory_bytes": 2e9}})
-    for step in range(10, 60, 10):
-        append_line(run.train_log, {"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step})
+    losses = [{"step": s, "loss": 3 / s, "learning_rate": 1e-3 / s} for s in range(10, 60, 10)]
+    write_rows(run.train_log, losses)
     run.adapter.mkdir()
 
 

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 
 from tsqlora import claims
 from tsqlora.artefacts import (
-    append_line,
     atomic_file,
     atomic_folder,
     atomic_write_json,
@@ -29,7 +28,6 @@ from tsqlora.artefacts import (
     os_errors,
     read_json,
     read_lines,
-    truncate_lines,
 )
 from tsqlora.claims import claimed
 from tsqlora.config import RunConfig
@@ -184,39 +182,20 @@ def test_other_errors_pass_unchanged(error: Exception) -> None:
 # lines
 
 
-def test_lines_come_back_as_appended(tmp_path: Path) -> None:
-    path = tmp_path / "ranks.jsonl"
-    lines = [{"step": step, "ranks": {"à": step}} for step in range(3)]
-    for line in lines:
-        append_line(path, line)
-    assert read_lines(path) == lines
-    assert read_lines(tmp_path / "none.jsonl") == []
-
-
-def test_a_half_written_last_line_is_left_out_and_then_overwritten(
+def test_a_half_written_last_line_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "ranks.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "ra')
-    assert read_lines(path) == [{"step": 1}]
+    assert read_lines(path) == []
+    path.write_text('{"step": 1}\n{"step": "à"}\n{"step": 3, "ra', encoding="utf-8")
+    assert read_lines(path) == [{"step": 1}, {"step": "à"}]
     assert "cut off" in caplog.text
-    append_line(path, {"step": 3})
-    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "ranks.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(RunError, match=r"ranks\.jsonl, line 2"):
         read_lines(tmp_path / "ranks.jsonl")
-
-
-def test_truncating_keeps_the_lines_up_to_the_resumed_step(tmp_path: Path) -> None:
-    path = tmp_path / "ranks.jsonl"
-    for step in range(5):
-        append_line(path, {"step": step})
-    truncate_lines(path, lambda line: line["step"] <= 2)
-    assert [line["step"] for line in read_lines(path)] == [0, 1, 2]
-    truncate_lines(tmp_path / "none.jsonl", lambda line: True)
 
 
 # whose run

@@ -22,6 +22,8 @@ from tsqlora import QualityScores, calibration, null, score_samples, scoring
 from tsqlora.batches import OWN, Pool, batches
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, ModelError
+from tsqlora.losses import IGNORED
+from tsqlora.mismatch import mismatched_pairs
 from tsqlora.parts import Parts
 from tsqlora.pipeline import Run
 
@@ -124,6 +126,25 @@ def test_a_partner_has_another_label_and_each_is_as_likely() -> None:
     np.testing.assert_allclose(counts, 3000 * differs / differs.sum(1, keepdims=True), atol=180)
     same = null.others(np.ones(3), np.random.default_rng(0))
     assert same.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal-lm"])
+def test_a_mismatched_pair_has_another_target_than_its_own(kind: str) -> None:
+    prompts, targets = [[5], [6, 7], [8], [9]], [[1, 2], [1, 2], [3], [4, 2]]
+    before = [[IGNORED] * len(prompt) for prompt in prompts]
+    joined = kind == "causal-lm"
+    rows = [
+        {
+            "input_ids": prompt + target if joined else prompt,
+            "labels": masked + target if joined else target,
+        }
+        for prompt, masked, target in zip(prompts, before, targets, strict=True)
+    ]
+    found = mismatched_pairs(Dataset.from_list(rows), kind)
+    assert found is not None
+    wrong = [[token for token in row["labels"] if token != IGNORED] for row in found]
+    assert wrong == [[4, 2], [1, 2], [3]], "the second has the first's own target"
+    assert mismatched_pairs(Dataset.from_list(rows[:2]), kind) is None
 
 
 def text_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

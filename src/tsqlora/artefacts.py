@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -149,21 +149,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def append_line(path: str | Path, mapping: Mapping[str, Any]) -> None:
-    """Append a line of JSON and see it on the disk; a half-written last line is cut off first.
-
-    Raises:
-        RunError: as `os_errors`.
-    """
-    line = json.dumps(plain(mapping), ensure_ascii=False, allow_nan=False) + "\n"
-    with os_errors(path), open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a JSONL artefact; none where there is no file, and no half-written last one.
 
@@ -176,19 +161,6 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     if rest:
         logger.warning("%s: the last line was cut off while being written and is left out.", path)
     return [_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def truncate_lines(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep only the lines for which `keep` is true, such as those up to a resumed step.
-
-    Raises:
-        RunError: as `read_lines` and `os_errors`.
-    """
-    if Path(path).exists():
-        kept = [line for line in read_lines(path) if keep(line)]
-        atomic_write_text(
-            path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        )
 
 
 def digest(*parts: object) -> str:

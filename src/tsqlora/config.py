@@ -84,9 +84,10 @@ class QualityWeights:
 class QualityConfig:
     """How samples are scored and drawn.
 
-    `fraction` of the pool is kept, or drawn each epoch. `reference` is a source of trusted samples,
-    or the word validation. `adapt_steps` optimizer steps on the whole pool come before scoring;
-    null takes as many as the training itself takes after, at most 500.
+    `fraction` of the pool is kept, or drawn each epoch, more sharply at a lower `temperature`.
+    `preset: paper` is the paper's literal formula: one subset kept, no reference. `reference` is a
+    source of trusted samples, or the word validation. `adapt_steps` optimizer steps on the whole
+    pool come before scoring; null takes as many as the training itself after, at most 500.
 
     `lookahead` is how the loss reduction of a sample's own step is had: exact by a further forward;
     `first_order` for nothing, but it ranks as the gradient norm does; `second_order` by a forward
@@ -289,21 +290,24 @@ def _rank_conflicts(ranks: RanksConfig, given: Mapping[str, Any]) -> Iterator[st
 
 
 def _mode_conflicts(quality: QualityConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    mode, only = quality.mode, "is for quality.mode: upfront; leave it out"
-    if mode == "none" and given.get("fraction", 1) != 1:
+    if (mode := quality.mode) == "none" and given.get("fraction", 1) != 1:
         yield "quality.fraction: quality.mode: none draws all samples; leave it out"
     if mode == "online" and (given.get("weights") or {}).get("loss_reduction", 0) != 0:
         yield (
             "quality.weights.loss_reduction takes a forward of its own, which quality.mode: online "
             "does without; set it to 0, or use mode: upfront"
         )
+    upfront = {
+        "preset: paper": quality.preset == "paper",
+        "reference": quality.reference is not None,
+        "depth": quality.depth < 1,
+        "lookahead": quality.lookahead != "exact",
+    }
     if mode != "upfront":
-        if quality.preset == "paper":
-            yield f"quality.preset: paper {only}"
-        if quality.reference is not None:
-            yield f"quality.reference {only}"
-        if quality.depth < 1:
-            yield f"quality.depth {only}"
+        for key in (key for key, there in upfront.items() if there):
+            yield f"quality.{key} is for quality.mode: upfront; leave it out"
+    elif upfront["preset: paper"] and upfront["reference"]:
+        yield "quality.reference: quality.preset: paper knows none; leave it out"
 
 
 def _conflicts(run: Mapping[str, Any]) -> Iterator[str]:

@@ -28,6 +28,8 @@ logger = logging.getLogger("tsqlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+NAMED = 3
+"""At most so many modules that do not fit are named."""
 _REFUSED = {
     "use_dora": "DoRA",
     "target_parameters": "expert parameters",
@@ -89,8 +91,10 @@ class InitialAdapter:
         """
         with quiet(), torch.device("meta"):
             skeleton = auto_model.from_config(load_config(config.model))
-        problems = [*self._misfits(skeleton), *self._conflicts(skeleton, config)]
-        if problems:
+        misfits = [*self._misfits(skeleton)]
+        if len(misfits) > NAMED:
+            misfits[NAMED:] = [f"adapter.init: {len(misfits) - NAMED} more modules do not fit."]
+        if problems := [*misfits, *self._conflicts(skeleton, config)]:
             raise ModelError.of(problems)
         said = self.config.base_model_name_or_path
         if said and Path(said).name != Path(config.model).name:

@@ -21,7 +21,6 @@ CLASSIFICATION, REGRESSION, SEQ2SEQ, CAUSAL_LM = (
     "seq2seq",
     "causal-lm",
 )
-KINDS = (CLASSIFICATION, REGRESSION, SEQ2SEQ, CAUSAL_LM)
 IGNORED = -100
 """The label of a position that carries no loss, as everywhere in transformers."""
 

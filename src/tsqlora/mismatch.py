@@ -11,27 +11,25 @@ from tsqlora.losses import CAUSAL_LM, IGNORED
 
 
 def mismatched_pairs(dataset: Dataset, kind: str) -> Dataset | None:
-    """Each row's input with the next other row's target, or None where rows have no such parts.
+    """Each row's input with the target of the row before, where the two targets differ.
 
-    A causal row is its prompt (labels -100) followed by its completion; plain text has no prompt.
+    None where rows have no such parts, or no two targets differ. A causal row is its prompt (labels
+    -100) followed by its completion; plain text has no prompt.
     """
     if not {"input_ids", "labels"} <= set(dataset.column_names) or len(dataset) < 2:
         return None
     rows: list[dict[str, Any]] = [dict(row) for row in dataset]
-    if kind != CAUSAL_LM:
-        targets = [row["labels"] for row in rows]
-        return Dataset.from_list(
-            [
-                {**row, "labels": targets[i - 1]}
-                for i, row in enumerate(rows)
-                if row["labels"] != targets[i - 1]
-            ]
-        )
-    prompts = [_prompt_length(row["labels"]) for row in rows]
-    if not all(prompts):
+    starts = [_prompt_length(row["labels"]) if kind == CAUSAL_LM else 0 for row in rows]
+    if kind == CAUSAL_LM and not all(starts):
         return None
+    targets = [row["labels"][start:] for row, start in zip(rows, starts, strict=True)]
+    differ = [i for i, target in enumerate(targets) if target != targets[i - 1]]
+    if not differ:
+        return None
+    if kind != CAUSAL_LM:
+        return Dataset.from_list([{**rows[i], "labels": targets[i - 1]} for i in differ])
     return Dataset.from_list(
-        [_spliced(row, prompts[i], rows[i - 1], prompts[i - 1]) for i, row in enumerate(rows)]
+        [_spliced(rows[i], starts[i], rows[i - 1], starts[i - 1]) for i in differ]
     )
 
 

@@ -50,8 +50,23 @@ def check_config(config: RunConfig) -> None:
             "training.deepspeed shards over several processes, and there is one: start more, "
             "`torchrun --nproc_per_node 2 -m tsqlora ...`, or leave it out."
         )
-    if processes.count() > 1 and config.ranks.compact:
+    if config.ranks.compact:
+        _check_compactable(config)
+
+
+def _check_compactable(config: RunConfig) -> None:
+    if processes.count() > 1:
         raise ConfigError("ranks.compact is for a single process: leave it out.")
+    if config.training.get("load_best_model_at_end"):
+        raise ConfigError(
+            "training.load_best_model_at_end would load a checkpoint of other shapes after "
+            "ranks.compact: leave out one of the two."
+        )
+    if "8bit" in str(optimizer := config.training.get("optim", "")):
+        raise ConfigError(
+            f"training.optim: {optimizer} keeps its state in 8 bits, which ranks.compact cannot "
+            "cut: leave out one of the two."
+        )
 
 
 def check_recordable(model: PeftModel, kind: str, dataset: Dataset, collator: Collator) -> None:
