@@ -132,3 +132,11 @@ def test_without_deepspeed_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(zero_settings, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tsqlora\[deepspeed\]"):
         deepspeed_settings({"deepspeed": {"zero_optimization": {"stage": 2}}})
+
+
+def test_a_launcher_that_configures_deepspeed_by_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(["train", str(classification_run(tmp_path))]) == 2
+    assert "without --use_deepspeed" in capsys.readouterr().err
