@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
 
+from tsqlora import losses
 from tsqlora.batches import Batch, forward_losses, singly
 from tsqlora.calibration import ONE_IN
 from tsqlora.factors import scored_layers, sites
@@ -141,7 +142,10 @@ def vmap(model: nn.Module, kind: str, batch: Batch) -> Tensor:
         named = {f"model.{name}": weight for name, weight in weights.items()}
         return torch.func.functional_call(module, named, (sample,))
 
-    with ExitStack() as stack:  # transformers looks into a mask's values, which vmap cannot
+    with (
+        ExitStack() as stack
+    ):  # transformers looks into a mask's values, we into labels', which vmap cannot
+        stack.enter_context(patch.object(losses, "_require_classes", lambda *_: None))
         for name in ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa"):
             stack.enter_context(patch.object(masking_utils, name, lambda *_, **__: False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # vmap has no rule for the fused one
