@@ -71,7 +71,7 @@ def measure(size: int) -> dict[str, Any]:
     """One scoring of so many samples."""
     from tsqlora import pipeline, scoring, tasks
 
-    with tempfile.TemporaryDirectory(prefix="tsqlora-", dir=".") as folder:
+    with tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
         config = Path(folder) / "config.yaml"
         writing = [sys.executable, __file__, "--write", folder, "--sizes", str(size)]
         subprocess.run(writing, check=True)  # whose memory is not ours

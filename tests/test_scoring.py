@@ -348,7 +348,7 @@ def test_parts_of_another_measurement_are_not_taken_up(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "x", 2)
     parts.prepare("one")
     columns = {"position": np.arange(2), "loss": np.ones(2, dtype=np.float32)}
-    parts.write(0, columns, halvings=1)
+    parts.write(0, [columns], halvings=1)
     parts.prepare("one")
     assert (parts.there(), parts.halvings) == ({0}, 1)
     assert parts.column("loss").tolist() == [1, 1]
@@ -364,7 +364,7 @@ def test_parts_that_were_cut_off_or_have_rotted_are_measured_again(
     for number in range(4):
         values = np.full(2, 7.25, dtype=np.float32)
         columns = {"position": np.arange(2) + 2 * number, "loss": values}
-        parts.write(number, columns, 0, sums={"a": values}, seconds=1.5)
+        parts.write(number, [columns], 0, sums={"a": values}, seconds=1.5)
     assert parts.seconds == 6
     files = sorted(parts.folder.glob("part-*.parquet"))
     sums = [file.with_suffix(".safetensors") for file in files]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm.auto import tqdm
 
+from tsqlora.columns import blocks_of, column
 from tsqlora.data import require_map_style
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import SEQ2SEQ, sample_losses
@@ -83,7 +84,7 @@ class Pool:
         self._columns = _token_columns(self.rows)
         self.tokens = _lengths(self.rows, self._columns)
         self.most = batch_size * (int(self.tokens.max(initial=0)) + OWN)
-        self.plan = self.planned(np.arange(len(self.tokens)))
+        self.plan = _plan(self.tokens, self.most)
 
     def planned(self, positions: np.ndarray) -> list[np.ndarray]:
         """`plan` for some positions alone."""
@@ -117,7 +118,7 @@ def batches(
         DataError: the collator gives no `labels`.
     """
     pool = Pool(model, dataset, collator, batch_size)
-    with progress(pool.tokens, np.arange(len(pool.tokens)), what) as passed:
+    with progress(pool.tokens, pool.plan, what) as passed:
         for positions in pool.plan:
             yield from pool.take(positions)
             passed(positions)
@@ -125,16 +126,17 @@ def batches(
 
 @contextmanager
 def progress(
-    tokens: np.ndarray, ahead: np.ndarray, what: str, hidden: bool = False
+    tokens: np.ndarray, ahead: Sequence[np.ndarray], what: str, hidden: bool = False
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """A bar with the rate and the time that remains; it is told the positions that have passed.
 
     It counts tokens, as long samples take longer, or samples where `tokens` (N) are all 0; `ahead`
-    are the positions still to pass.
+    are the positions still to pass, batch by batch.
     """
     counted = tokens if tokens.any() else np.ones_like(tokens)
     unit = " tokens" if tokens.any() else " samples"
-    total, done = int(counted[ahead].sum()), 0
+    total, samples = sum(int(counted[each].sum()) for each in ahead), sum(map(len, ahead))
+    done = 0
     with tqdm(
         total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=hidden
     ) as bar:
@@ -142,7 +144,7 @@ def progress(
         def passed(positions: np.ndarray) -> None:
             nonlocal done
             done += len(positions)
-            bar.set_postfix_str(f"{done} of {len(ahead)} samples", refresh=False)
+            bar.set_postfix_str(f"{done} of {samples} samples", refresh=False)
             bar.update(int(counted[positions].sum()))
 
         yield passed
@@ -175,14 +177,29 @@ def _by_sample(tensor: Tensor, samples: int) -> bool:
 
 
 def _plan(tokens: np.ndarray, most: int) -> list[np.ndarray]:
-    order = np.argsort(-tokens, kind="stable")
-    cost = tokens[order] + OWN
+    order = _longest_first(tokens)
     plan, start = [], 0
     while start < len(order):
-        stop = start + max(1, most // int(cost[start]))
+        stop = start + max(1, most // (int(tokens[order[start]]) + OWN))
         plan.append(order[start:stop])
         start = stop
     return plan
+
+
+def _longest_first(tokens: np.ndarray) -> np.ndarray:
+    """Positions, the longest samples' first, those alike in their own order: a counting sort."""
+    order, longest = column(len(tokens), np.int64), int(tokens.max(initial=0))
+    counts = np.zeros(longest + 1, dtype=np.int64)
+    for rows in blocks_of(len(tokens)):
+        counts += np.bincount(tokens[rows], minlength=longest + 1)
+    places = len(tokens) - counts.cumsum()  # after those that are longer
+    for rows in blocks_of(len(tokens)):
+        own = np.argsort(-tokens[rows], kind="stable")
+        ordered = tokens[rows][own]
+        rank = np.arange(len(own)) - np.searchsorted(-ordered, -ordered, "left")
+        order[places[ordered] + rank] = rows.start + own
+        places += np.bincount(ordered, minlength=longest + 1)
+    return order
 
 
 def _token_columns(dataset: Dataset) -> list[str]:
@@ -198,13 +215,13 @@ def _token_columns(dataset: Dataset) -> list[str]:
 
 def _lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
     """Tokens of each row (N), read from Arrow, as Python's integers would fill the memory."""
-    found = [np.zeros(0, dtype=np.int64)]
+    found = column(len(dataset), np.int32)
     arrow = dataset.with_format("arrow")
     for start in range(0, len(dataset) if columns else 0, ROWS_AT_ONCE):
         rows = arrow[start : start + ROWS_AT_ONCE]
         lengths = [pc.fill_null(pc.list_value_length(rows[name]), 0) for name in columns]
-        found.append(np.sum([each.to_numpy() for each in lengths], axis=0, dtype=np.int64))
-    return np.concatenate(found) if columns else np.zeros(len(dataset), dtype=np.int64)
+        found[start : start + len(rows)] = np.sum([each.to_numpy() for each in lengths], axis=0)
+    return found
 
 
 def _require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tsqlora.calibration import Known, calibrated
+from tsqlora.columns import column
 from tsqlora.errors import TrainingError
 from tsqlora.losses import CLASSIFICATION, REGRESSION
 from tsqlora.parts import Measured
@@ -32,7 +33,7 @@ def numbers(
     """
     names = parts.names
     found: dict[str, np.ndarray] = {
-        name: parts.column(name) if name in names else np.full(len(ids), np.nan, np.float32)
+        name: parts.column(name) if name in names else column(len(ids), np.float32, np.nan)
         for name in ("loss", "gradient_norm", "loss_reduction")
     }
     if "last_norm" not in names:
@@ -56,7 +57,7 @@ def kin(parts: Measured, kind: str) -> np.ndarray | None:
     if kind != REGRESSION:
         return None
     labels = parts.column("label")
-    high = np.zeros(len(labels), dtype=np.int32)
+    high = column(len(labels), np.int32)
     for positions, outputs in parts.blocks("output"):
         high[positions] = outputs[:, 0] > labels[positions]
     return high
@@ -64,7 +65,7 @@ def kin(parts: Measured, kind: str) -> np.ndarray | None:
 
 def predictions(parts: Measured, labels: np.ndarray) -> dict[str, np.ndarray]:
     """How sure the model is of its first class, and whether the label is that class (N each)."""
-    confidence = np.zeros(len(labels), dtype=np.float32)
+    confidence = column(len(labels), np.float32)
     agrees = np.zeros(len(labels), dtype=bool)
     for positions, outputs in parts.blocks("output"):
         best = torch.tensor(outputs).topk(2)

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from tsqlora.columns import column, distinct
+
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Block = tuple[Ints, Floats]
@@ -60,21 +62,23 @@ def with_mean(sketches: Sketches, samples: int) -> Floats:
 
 def with_others(sketches: Sketches, groups: Ints) -> Floats:
     """The cosine (N) of each sketch with the mean unit sketch of the others of its group (N)."""
-    values, index = np.unique(groups, return_inverse=True)
+    values = distinct(groups)
     sums = np.zeros((len(values), width(sketches)))
     for positions, rows in blocks(sketches):
-        member = csr_matrix((np.ones(len(rows)), (index[positions], np.arange(len(rows)))))
+        index = np.searchsorted(values, groups[positions])
+        member = csr_matrix((np.ones(len(rows)), (index, np.arange(len(rows)))))
         sums[: member.shape[0]] += member @ unit(rows).astype(np.float64)
-    result = np.zeros(len(groups))
+    result = column(len(groups))
     for positions, rows in blocks(sketches):
         units = unit(rows)
-        result[positions] = row_cosine(units, sums[index[positions]] - units)
+        index = np.searchsorted(values, groups[positions])
+        result[positions] = row_cosine(units, sums[index] - units)
     return result
 
 
 def with_direction(sketches: Sketches, direction: Floats, samples: int) -> Floats:
     """The cosine (N) of each sketch with one direction (k)."""
-    result = np.zeros(samples)
+    result = column(samples)
     for positions, rows in blocks(sketches):
         result[positions] = row_cosine(rows, np.broadcast_to(direction, rows.shape))
     return result

@@ -31,6 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 
+from tsqlora.columns import blocks_of, column, copied, distinct, kept
+
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
@@ -48,6 +50,8 @@ CREDIBLE = 0.7
 """A wrong target costs more than a sound one brings, so a sample must be this credible to be drawn
 (benchmarks/LOG.md), unless that would leave out more than `LOSABLE` of the sound ones."""
 LOSABLE = 0.05
+FITTED = 200_000
+"""Samples at most that how often the model agrees is learnt from, drawn where there are more."""
 SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
 STEEPEST = 1.6
@@ -80,12 +84,23 @@ def null_percentiles(loss: Floats, group: Ints, null_loss: Floats, null_group: I
 
     Groups with fewer than `ENOUGH` null losses are judged against the whole null.
     """
-    result = _percentile(loss, np.sort(null_loss))
-    for value in np.unique(group):
-        null = np.sort(null_loss[null_group == value])
-        if len(null) >= ENOUGH:
-            result[group == value] = _percentile(loss[group == value], null)
+    own = {value: null_group == value for value in distinct(group)}
+    nulls = {k: _sorted(kept(null_loss, of)) for k, of in own.items() if of.sum() >= ENOUGH}
+    whole, result = _sorted(null_loss), column(len(loss))
+    for rows in blocks_of(len(loss)):
+        found = _percentile(loss[rows], whole)
+        for value in np.unique(group[rows]):
+            if value in nulls:
+                of_it = group[rows] == value
+                found[of_it] = _percentile(loss[rows][of_it], nulls[value])
+        result[rows] = found
     return result
+
+
+def _sorted(values: Floats) -> Floats:
+    made = copied(values)
+    made.sort()
+    return made
 
 
 def _percentile(loss: Floats, null: Floats) -> Floats:
@@ -111,9 +126,9 @@ def from_null(u: Floats, classes: int | None = None) -> Credibility:
     if density > 0.85:
         return _unknown(u, "the model does not know the task yet: targets look like permuted ones")
     if density < max(0.02, 3 / len(u)):
-        return Credibility(np.ones(len(u)), share, "no sign of wrong targets")
-    values = np.clip(1 - density / _decreasing_density(u), 0, 1)
-    if values[values >= CREDIBLE].sum() < RECOGNISED * values.sum():
+        return Credibility(column(len(u), fill=1), share, "no sign of wrong targets")
+    values = _by_bin(u, np.clip(1 - density / _decreasing_density(u), 0, 1))
+    if values.sum(where=values >= CREDIBLE) < RECOGNISED * values.sum():
         return _unknown(u, "sound samples cannot be told from wrong ones yet")
     return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
 
@@ -127,25 +142,34 @@ def from_agreement(confidence: Floats, agrees: NDArray[np.bool_], classes: int) 
     over 98 % (nothing is wrong) or below ½ + 0.3/C (guessing could look like that).
     """
     if len(agrees) < ENOUGH:
-        return np.ones(len(agrees))
+        return column(len(agrees), fill=1)
     surest = np.quantile(confidence, 0.75)
     level = float(agrees[confidence >= surest].mean())
     if surest < SURE or not 0.5 + 0.3 / classes <= level <= 0.98:
-        return np.ones(len(agrees))
-    share = IsotonicRegression(increasing=True).fit_transform(confidence, agrees.astype(float))
-    doubted = np.clip((level - share) / np.maximum(1 - share, 1e-12), 0, 1)
-    return np.where(agrees, 1.0, doubted)
+        return column(len(agrees), fill=1)
+    increasing = IsotonicRegression(increasing=True, out_of_bounds="clip")
+    if len(agrees) <= FITTED:
+        increasing.fit(confidence, agrees.astype(float))
+    else:
+        few = np.random.default_rng(0).integers(len(agrees), size=FITTED)
+        increasing.fit(confidence[few], agrees[few].astype(float))
+    result = column(len(agrees))
+    for rows in blocks_of(len(agrees)):
+        share = increasing.predict(confidence[rows])
+        doubted = np.clip((level - share) / np.maximum(1 - share, 1e-12), 0, 1)
+        result[rows] = np.where(agrees[rows], 1.0, doubted)
+    return result
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:
     """Which samples may be drawn (N): c ≥ `CREDIBLE`, and as many of the others, the most credible
     first, as it takes to lose at most `LOSABLE` of the sound ones, of which Σ c are expected."""
-    order = np.argsort(values, kind="stable")
-    lost = np.cumsum(values[order])
-    left_out = (values[order] < CREDIBLE) & (lost <= LOSABLE * values.sum())
-    kept = np.ones(len(values), dtype=bool)
-    kept[order[left_out]] = False
-    return kept
+    low = np.flatnonzero(values < CREDIBLE)
+    low = low[np.argsort(values[low], kind="stable")]
+    lost = np.cumsum(values[low])
+    drawn = np.ones(len(values), dtype=bool)
+    drawn[low[lost <= LOSABLE * values.sum()]] = False
+    return drawn
 
 
 def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -> Credibility:
@@ -166,19 +190,20 @@ def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -
     best = int(likelihood.argmax())
     gain = 2 * (likelihood[best] - likelihood[0])
     if gain * len(reference_u) / (len(reference_u) + len(u)) < SIGNIFICANT:
-        return Credibility(np.ones(len(u)), 0.0, "no sign of wrong targets beside the reference")
+        return Credibility(
+            column(len(u), fill=1), 0.0, "no sign of wrong targets beside the reference"
+        )
     density = float(grid[best, 0])
     share = _share(density, classes)
     mixture = (1 - density) * trusted + density / BINS
-    by_bin = IsotonicRegression(increasing=False).fit_transform(
+    fitted = IsotonicRegression(increasing=False).fit_transform(
         np.arange(BINS), (1 - density) * trusted / mixture, sample_weight=np.maximum(counts, 1)
     )
-    values = by_bin[np.minimum((u * BINS).astype(int), BINS - 1)]
-    return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+    return Credibility(_by_bin(u, fitted), share, f"about {share:.0%} of the targets look wrong")
 
 
 def _unknown(u: Floats, why: str) -> Credibility:
-    return Credibility(np.ones(len(u)), float("nan"), f"targets are not judged: {why}")
+    return Credibility(column(len(u), fill=1), float("nan"), f"targets are not judged: {why}")
 
 
 def _share(density: float, classes: int | None) -> float:
@@ -191,8 +216,16 @@ def _histogram(u: Floats, bins: int = BINS, prior: float = 0.0) -> Floats:
 
 
 def _decreasing_density(u: Floats) -> Floats:
-    """f(u_i) under the shape constraint that f decreases (Grenander 1956), from a histogram."""
+    """f by bins of u under the constraint that f decreases (Grenander 1956), from a histogram."""
     bins = int(np.clip(len(u) // 20, BINS, FINE_BINS))
     heights = _histogram(u, bins) * bins
     fitted = IsotonicRegression(increasing=False).fit_transform(np.arange(bins), heights)
-    return np.maximum(fitted[np.minimum((u * bins).astype(int), bins - 1)], 1e-12)
+    return np.maximum(fitted, 1e-12)
+
+
+def _by_bin(u: Floats, of: Floats) -> Floats:
+    """For each u_i what `of` has for the bin that it is in (N)."""
+    result = column(len(u))
+    for rows in blocks_of(len(u)):
+        result[rows] = of[np.minimum((u[rows] * len(of)).astype(int), len(of) - 1)]
+    return result

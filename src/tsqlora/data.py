@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value
 
+from tsqlora.columns import blocks_of, column
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.mapped import as_dataset
 from tsqlora.table_files import READERS, read_tables
@@ -85,13 +86,13 @@ def require_columns(dataset: Dataset, columns: Iterable[str], where: str) -> Non
     require_map_style(dataset, where)
     known = [name for name in dataset.column_names if name != "id"]
     problems = []
-    for column in dict.fromkeys(columns):
-        if column == "id" and "id_" in known:
+    for name in dict.fromkeys(columns):
+        if name == "id" and "id_" in known:
             problems.append(f"{where}: the column 'id' of the data is kept as 'id_'. Write id_.")
-        elif column not in dataset.column_names:
-            near = get_close_matches(column, known, n=1)
+        elif name not in dataset.column_names:
+            near = get_close_matches(name, known, n=1)
             problems.append(
-                f"{where}: there is no column {column!r}; the columns are {', '.join(known)}."
+                f"{where}: there is no column {name!r}; the columns are {', '.join(known)}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
             )
     if problems:
@@ -174,7 +175,10 @@ def _with_ids(dataset: Dataset) -> Dataset:
         while name in dataset.column_names:
             name += "_"
         dataset = dataset.rename_column("id", name)
-    table = dataset.with_format("arrow")[:].append_column("id", pa.array(np.arange(len(dataset))))
+    numbers = column(len(dataset), np.int64)
+    for rows in blocks_of(len(dataset)):
+        numbers[rows] = np.arange(rows.start, rows.stop)
+    table = dataset.with_format("arrow")[:].append_column("id", pa.array(numbers))
     features = Features({**dataset.features, "id": Value("int64")})
     return as_dataset(table, DatasetInfo(features=features))
 

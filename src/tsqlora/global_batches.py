@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from tsqlora import processes
+from tsqlora.columns import column, in_python
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.losses import infer_kind, target_lengths
 
@@ -67,6 +69,25 @@ class Shares(Sampler[list[int]]):
         return batch[start:stop]
 
 
+class RandomOrder(Sampler[int]):
+    """All positions in a random order of each epoch's own, the one that accelerate gives them."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples, self.seed, self.epoch = samples, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch's order the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.from_numpy(column(self.samples, np.int64))
+        return in_python(torch.randperm(self.samples, generator=generator, out=order).numpy())
+
+    def __len__(self) -> int:
+        return self.samples
+
+
 class GlobalBatchTrainer(Trainer):
     """A Trainer for models of the four kinds, with a map-style data set and batches with `labels`.
 
@@ -103,6 +124,14 @@ class GlobalBatchTrainer(Trainer):
             )
         if plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = _blocks(self.model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's, but for one whose order of a large pool is not of Python's integers."""
+        found = super()._get_train_sampler(train_dataset)
+        if not isinstance(found, RandomSampler):
+            return found
+        seed = self.args.data_seed
+        return RandomOrder(len(found), torch.initial_seed() if seed is None else seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of this process.

@@ -25,13 +25,20 @@ _open: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary(
 def mapped_table(file: Path) -> pa.Table:
     """The table in an Arrow stream; its pages are read when wanted. The file may be removed."""
     with file.open("rb") as opened:
-        mapping = _Mapping(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    _open[id(mapping)] = mapping
+        mapping = mapping_of(opened.fileno())
     return pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapping))).read_all()
 
 
+def mapping_of(descriptor: int, size: int = 0, writable: bool = False) -> mmap.mmap:
+    """An open file, mapped so that `release` knows of it; it may be closed."""
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+    mapping = _Mapping(descriptor, size, access=access)
+    _open[id(mapping)] = mapping
+    return mapping
+
+
 def release() -> None:
-    """Let go of the pages of all mapped tables; they are read again when wanted."""
+    """Let go of the pages of all that is mapped; they are read again when wanted."""
     for mapping in list(_open.values()) if hasattr(mmap, "MADV_DONTNEED") else ():
         mapping.madvise(mmap.MADV_DONTNEED)
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from tsqlora.batches import Collator, Pool, evaluating, forward_losses, subset
+from tsqlora.columns import blocks_of, column, copied, kept
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses
 from tsqlora.measuring import as_numpy
 from tsqlora.memory import Halving
@@ -16,7 +17,6 @@ from tsqlora.parts import Measured
 
 NULL_SAMPLES = 500
 """Mismatched pairs that make the null where it takes passes of its own (generation)."""
-ROWS_AT_ONCE = 65_536
 FREE = (CLASSIFICATION, REGRESSION)
 """Kinds whose null takes no pass."""
 
@@ -28,15 +28,20 @@ def null_of_outputs(parts: Measured, kind: str, seed: int) -> Null:
     """Of a class or number: each sample's stored output against another one's target."""
     labels = parts.column("label")
     partners = others(labels, np.random.default_rng(seed))
-    losses = np.full(len(labels), np.nan, dtype=np.float32)
+    losses, wrong_labels = (
+        column(len(labels), np.float32, np.nan),
+        column(len(labels), labels.dtype),
+    )
+    for rows in blocks_of(len(labels)):
+        wrong_labels[rows] = labels[partners[rows]]
     for positions, outputs in parts.blocks("output"):
-        wrong = torch.from_numpy(labels[partners[positions]])
+        wrong = torch.from_numpy(wrong_labels[positions])
         wrong = wrong.long() if kind == CLASSIFICATION else wrong.float()
         losses[positions] = as_numpy(sample_losses(kind, torch.tensor(outputs), wrong))
-    wrong_labels = labels[partners]
     real = wrong_labels != labels
-    group = wrong_labels[real] if kind == CLASSIFICATION else np.zeros(real.sum())
-    return losses[real], group.astype(np.int32)
+    if kind == CLASSIFICATION:
+        return kept(losses, real), kept(wrong_labels, real, np.int32)
+    return kept(losses, real), column(int(real.sum()), np.int32)
 
 
 def null_of_pairs(
@@ -63,14 +68,16 @@ def null_of_pairs(
 
 def others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """For each of N samples another one, drawn among those of another label; itself if none is."""
-    order = np.argsort(labels, kind="stable")
-    ordered, result = labels[order], np.arange(len(labels))
-    for start in range(0, len(labels), ROWS_AT_ONCE):  # as many arrays of N would fill the memory
-        own = labels[start : start + ROWS_AT_ONCE]
+    order = copied(np.argsort(labels, kind="stable"))
+    ordered, result = column(len(labels), labels.dtype), column(len(labels), np.int64)
+    for rows in blocks_of(len(labels)):
+        ordered[rows] = labels[order[rows]]
+    for rows in blocks_of(len(labels)):
+        own = labels[rows]
         first, last = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
         different = len(labels) - (last - first)
         place = (random.random(len(own)) * different).astype(np.int64)
         place += np.where(place >= first, last - first, 0)
         found = order[np.minimum(place, len(labels) - 1)]
-        result[start : start + len(own)][different > 0] = found[different > 0]
+        result[rows] = np.where(different > 0, found, np.arange(rows.start, rows.stop))
     return result

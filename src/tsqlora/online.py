@@ -22,7 +22,7 @@ from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES
 from tsqlora.quality import Floats, QualityScores, quality_scores, tempered
 from tsqlora.scoring import Scorer
-from tsqlora.selection import draw, draw_size, unscored
+from tsqlora.selection import draw_size, drawn, unscored
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
@@ -127,8 +127,7 @@ class OnlineScorer:
             self.spent += 0.5 * min(len(seen), self.scorer.null_samples)
         scores = _spread(found, seen, ids)
         probability = tempered(scores.quality, scores.credibility, quality.temperature)
-        selected = np.zeros(len(ids), dtype=bool)
-        selected[draw(probability, quality.fraction, seed)] = True
+        selected = drawn(probability, quality.fraction, seed)
         return replace(scores, probability=probability, selected=selected)
 
 

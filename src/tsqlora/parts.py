@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
 from tsqlora.artefacts import atomic_file, prepare_folder, remove_temporaries
+from tsqlora.columns import column
 from tsqlora.errors import RunError
 from tsqlora.seals import checksum
 
@@ -67,29 +68,29 @@ class Parts:
     def write(
         self,
         part: int,
-        columns: dict[str, np.ndarray],
+        batches: Sequence[dict[str, np.ndarray]],
         halvings: int,
         sums: dict[str, np.ndarray] | None = None,
         seconds: float = 0.0,
     ) -> None:
-        """Write a part; `halvings` (see `memory.Halving`), `seconds` and `sums` lie beside it."""
+        """Write a part, the columns of each batch as a group of rows.
+
+        `halvings` (see `memory.Halving`), `seconds` and `sums` lie beside it.
+        """
         note = {"halvings": str(halvings), "seconds": str(seconds)}
         final = self.folder / f"part-{part:06}.parquet"
         if sums:
             with atomic_file(_sums(final)) as file:
                 save_file(sums, file)
                 note["sums"] = str(checksum(file))
-        table = pa.table({name: _to_arrow(values) for name, values in columns.items()})
-        table = table.replace_schema_metadata(note)
-        with atomic_file(final) as file:
-            pq.write_table(
-                table,
-                file,
-                compression="none",
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-            )
+        schema = _table(batches[0]).schema.with_metadata(note)
+        how = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        with (
+            atomic_file(final) as file,
+            pq.ParquetWriter(file, schema, write_page_checksum=True, **how) as writer,
+        ):
+            for columns in batches:
+                writer.write_table(_table(columns).replace_schema_metadata(note))
 
     @property
     def halvings(self) -> int:
@@ -113,7 +114,7 @@ class Parts:
             RunError: a sample is missing.
         """
         kind = pq.read_schema(self._files()[0]).field(name).type.to_pandas_dtype()
-        result = np.zeros(self.samples, dtype=kind)
+        result = column(self.samples, kind)
         seen = np.zeros(self.samples, dtype=bool)
         for positions, values in self.blocks(name):
             result[positions], seen[positions] = values, True
@@ -125,15 +126,12 @@ class Parts:
         return result
 
     def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(positions, values) of a column, a part at a time, always in the same order."""
+        """(positions, values) of a column, a batch at a time, always in the same order."""
         for file in self._files():
-            table = pq.read_table(
-                file,
-                columns=["position", name],
-                memory_map=False,
-                page_checksum_verification=True,
-            )
-            yield table["position"].to_numpy(), _to_numpy(table[name].combine_chunks())
+            with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+                for group in range(opened.num_row_groups):
+                    table = opened.read_row_group(group, columns=["position", name])
+                    yield table["position"].to_numpy(), _to_numpy(table[name].combine_chunks())
 
     def summed(self) -> dict[str, np.ndarray]:
         """The `sums` of all parts added up in their order, whichever process wrote which."""
@@ -159,7 +157,7 @@ class StoredSketches:
         self.size = next(parts.blocks("sketch"))[1].shape[1]
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(positions, sketches) a part at a time."""
+        """(positions, sketches) a batch at a time."""
         return self.parts.blocks("sketch")
 
 
@@ -176,11 +174,17 @@ def _note(part: Path) -> dict[bytes, bytes]:
 
 def _whole(part: Path) -> bool:
     try:
-        pq.read_table(part, memory_map=False, page_checksum_verification=True)
+        with pq.ParquetFile(part, page_checksum_verification=True) as opened:
+            for group in range(opened.num_row_groups):
+                opened.read_row_group(group)
         sums = _note(part).get(b"sums")
         return sums is None or int(sums) == checksum(_sums(part))
     except (OSError, pa.ArrowException):
         return False
+
+
+def _table(columns: dict[str, np.ndarray]) -> pa.Table:
+    return pa.table({name: _to_arrow(values) for name, values in columns.items()})
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:

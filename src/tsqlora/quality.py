@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tsqlora.columns import blocks_of, column, copied, kept
 from tsqlora.config import QualityConfig
 from tsqlora.convergence import (
     Sketches,
@@ -31,6 +32,7 @@ from tsqlora.credibility import (
     null_percentiles,
 )
 from tsqlora.errors import RunError
+from tsqlora.mapped import release
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -118,11 +120,9 @@ class QualityScores:
             RunError: the file is missing or lacks a column.
         """
         try:
-            arrays = {
-                name: pq.read_table(path, columns=[_column(name)])[0].to_numpy()
-                for name in _COLUMNS
-            }
-            notes = pq.read_schema(path).metadata or {}
+            with pq.ParquetFile(path) as file:
+                arrays = {name: _read(file, _column(name)) for name in _COLUMNS}
+                notes = file.schema_arrow.metadata or {}
         except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(
                 f"{path} holds no quality scores ({error}): run `tsqlora score`."
@@ -136,7 +136,7 @@ class QualityScores:
     @property
     def effective_samples(self) -> float:
         """1 / Σ p_i², Kish's effective sample size of the draw, between 1 and N."""
-        return float(1 / np.square(self.probability).sum())
+        return float(1 / np.dot(self.probability, self.probability))
 
 
 _COLUMNS = [f.name for f in fields(QualityScores) if f.name not in ("wrong_share", "verdict")]
@@ -144,6 +144,16 @@ _COLUMNS = [f.name for f in fields(QualityScores) if f.name not in ("wrong_share
 
 def _column(name: str) -> str:
     return "id" if name == "ids" else name
+
+
+def _read(file: pq.ParquetFile, name: str) -> np.ndarray:
+    made = column(file.metadata.num_rows, file.schema_arrow.field(name).type.to_pandas_dtype())
+    start = 0
+    for rows in file.iter_batches(ROWS, columns=[name]):
+        made[start : start + len(rows)] = rows[0].to_numpy(zero_copy_only=False)
+        start += len(rows)
+    release()
+    return made
 
 
 def quality_scores(
@@ -161,7 +171,9 @@ def quality_scores(
     """
     if config.preset == "paper":
         convergence = _pool_cosine(pool)
-        credible = Credibility(np.ones(len(pool.ids)), float("nan"), "not judged by preset paper")
+        credible = Credibility(
+            column(len(pool.ids), fill=1), float("nan"), "not judged by preset paper"
+        )
         terms = [pool.gradient_norm, pool.loss_reduction, convergence]
         quality = _weighted(iter(terms), config)
         probability = softmax(quality / config.temperature)
@@ -190,8 +202,11 @@ def quality_scores(
 
 def default_terms(pool: Measurements, convergence: Floats) -> Iterator[Floats]:
     """The three terms of preset `default` as robust z; log ‖g‖ without its trend in length."""
-    logarithm = np.log(pool.gradient_norm + 1e-12, dtype=np.float64)
-    yield robust_z(without_trend(logarithm, np.log(pool.length, dtype=np.float64)))
+    logarithm, length = column(len(pool.ids)), column(len(pool.ids))
+    for rows in blocks_of(len(pool.ids)):
+        logarithm[rows] = np.log(pool.gradient_norm[rows] + 1e-12, dtype=np.float64)
+        length[rows] = np.log(pool.length[rows], dtype=np.float64)
+    yield robust_z(without_trend(logarithm, length))
     yield robust_z(pool.loss_reduction)
     yield robust_z(convergence)
 
@@ -204,7 +219,8 @@ def credibility(pool: Measurements, reference: Measurements | None = None) -> Cr
     found = _by_loss(pool, reference)
     if len(pool.agrees) == 0:
         return found
-    values = found.values * from_agreement(pool.confidence, pool.agrees, pool.classes or 2)
+    values = from_agreement(pool.confidence, pool.agrees, pool.classes or 2)
+    values *= found.values
     doubtful = int((~drawable(values)).sum())
     if doubtful <= (~drawable(found.values)).sum():
         return found
@@ -215,7 +231,9 @@ def credibility(pool: Measurements, reference: Measurements | None = None) -> Cr
 def _by_loss(pool: Measurements, reference: Measurements | None) -> Credibility:
     if len(pool.null_loss) == 0:
         return Credibility(
-            np.ones(len(pool.ids)), float("nan"), "targets are not judged: no wrong ones to compare"
+            column(len(pool.ids), fill=1),
+            float("nan"),
+            "targets are not judged: no wrong ones to compare",
         )
     null = (pool.null_loss, pool.null_group)
     u = null_percentiles(pool.loss, pool.group, *null)
@@ -236,43 +254,49 @@ def convergence_terms(pool: Measurements) -> Floats:
     if pool.alignment is not None:
         return pool.alignment
     if width(pool.sketch) == 0:
-        return np.full(samples, np.nan)
-    kin = np.zeros(samples, dtype=np.int64) if pool.kin is None else pool.kin
+        return column(samples, fill=np.nan)
+    kin = np.zeros(samples, dtype=np.int8) if pool.kin is None else pool.kin
     return with_others(pool.sketch, kin)
 
 
 def _pool_cosine(pool: Measurements) -> Floats:
     if width(pool.sketch) == 0:
-        return np.full(len(pool.ids), np.nan)
+        return column(len(pool.ids), fill=np.nan)
     return with_mean(pool.sketch, len(pool.ids))
 
 
 def robust_z(values: Floats) -> Floats:
     """(x - median) / (1.4826 · median absolute deviation), clipped to ±3; 0 if x is not finite."""
-    finite = values[np.isfinite(values)].astype(np.float64)
+    scaled, finite = column(len(values)), kept(values, np.isfinite(values), np.float64)
     if len(finite) == 0:
-        return np.zeros(len(values))
-    centre = np.median(finite)
+        return scaled
+    centre = np.median(finite, overwrite_input=True)
     finite -= centre
-    spread = 1.4826 * np.median(np.abs(finite)) or np.std(finite) or 1.0
-    del finite
-    scaled = (values - centre) / spread
-    return np.nan_to_num(np.clip(scaled, -CLIP, CLIP, out=scaled), copy=False, nan=0.0)
+    deviation = np.median(np.abs(finite, out=copied(finite)), overwrite_input=True)
+    spread = 1.4826 * deviation or np.std(finite) or 1.0
+    np.divide(np.subtract(values, centre, out=scaled), spread, out=scaled)
+    np.nan_to_num(np.clip(scaled, -CLIP, CLIP, out=scaled), copy=False, nan=0.0)
+    release()
+    return scaled
 
 
 def without_trend(values: Floats, of: Floats) -> Floats:
     """The residual of the least-squares line of `values` on `of`, mean kept."""
-    centred = of - of.mean()
+    centred = np.subtract(of, of.mean(), out=column(len(of)))
     variance = float(centred @ centred)
     if variance < 1e-12:
         return values
-    return values - centred * (float(centred @ (values - values.mean())) / variance)
+    own = np.subtract(values, values.mean(), out=column(len(of)))
+    centred *= float(centred @ own) / variance
+    return np.subtract(values, centred, out=own)
 
 
 def softmax(scores: Floats) -> Floats:
     """exp(x_i) / Σ exp(x_j), without overflow; what underflows stays possible."""
-    powers = np.exp(scores - scores.max())
-    return np.maximum(powers / powers.sum(), np.finfo(np.float64).tiny)
+    powers = np.subtract(scores, scores.max(), out=column(len(scores)))
+    np.exp(powers, out=powers)
+    powers /= powers.sum()
+    return np.maximum(powers, np.finfo(np.float64).tiny, out=powers)
 
 
 def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:
@@ -280,10 +304,10 @@ def tempered(quality: Floats, credible: Floats, temperature: float) -> Floats:
 
     Where nothing is credible, everything is.
     """
-    weight = np.where(drawable(credible), credible, 0.0)
+    weight = np.multiply(credible, drawable(credible), out=column(len(credible)))
     if not weight.any():
-        weight = np.ones(len(quality))
-    sharp = quality / temperature
+        weight.fill(1)
+    sharp = np.divide(quality, temperature, out=column(len(quality)))
     sharp -= sharp.max()
     sharp = np.multiply(np.exp(sharp, out=sharp), weight, out=sharp)
     sharp *= (1 - UNIFORM_SHARE) / sharp.sum()
@@ -306,8 +330,8 @@ def _weighted(terms: Iterator[Floats], config: QualityConfig) -> Floats:
     total: Floats | None = None
     for weight, term in zip(_weights(config), terms, strict=True):
         if total is None:
-            total = np.zeros(len(term))
-        if weight:
-            total += weight * term
+            total = column(len(term))
+        for rows in blocks_of(len(term) if weight else 0):
+            total[rows] += weight * term[rows]
     assert total is not None
     return total

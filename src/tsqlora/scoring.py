@@ -27,6 +27,7 @@ from tsqlora.batches import (
 )
 from tsqlora.calibration import drawn_whole, measured_whole
 from tsqlora.collected import kin, numbers, predictions
+from tsqlora.columns import blocks_of, column
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError
 from tsqlora.fitting import fitting_batch_size
@@ -38,7 +39,7 @@ from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
 from tsqlora.parts import Measured, Parts, StoredSketches
 from tsqlora.per_sample_grads import PROBED
 from tsqlora.quality import Measurements, QualityScores, quality_scores
-from tsqlora.selection import draw
+from tsqlora.selection import drawn
 
 ADAPTED = 32
 """Samples a step of the brief adaptation where no batch size is given."""
@@ -167,8 +168,7 @@ class Scorer:
     ) -> QualityScores:
         """The scores from what was measured into `folder`."""
         scores = self._judged(model, dataset, reference, folder)
-        selected = np.zeros(len(scores.ids), dtype=bool)
-        selected[draw(scores.probability, self.quality.fraction, self.seed)] = True
+        selected = drawn(scores.probability, self.quality.fraction, self.seed)
         return replace(scores, selected=selected)
 
     def _judged(
@@ -228,7 +228,7 @@ class Scorer:
         for other in meters[1:]:
             other.single, other.halving = main.single, main.halving
         chunks = {n: planned[size * n : size * (n + 1)] for n in numbered}
-        ahead = np.concatenate([places for chunk in chunks.values() for _, places in chunk])
+        ahead = [places for chunk in chunks.values() for _, places in chunk]
         with progress(
             pool.tokens, ahead, f"{parts.folder.name} scores", hidden=first > 0
         ) as passed:
@@ -239,10 +239,9 @@ class Scorer:
                     for places, batch in pool.take(positions):
                         measured.append({"position": places, **meter.measure(batch)})
                     passed(positions)
-                columns = {k: np.concatenate([m[k] for m in measured]) for k in measured[0]}
                 began, before = time.perf_counter(), began
                 halvings, units = main.halving.halvings, main.take_units()
-                parts.write(number, columns, halvings, units, began - before)
+                parts.write(number, measured, halvings, units, began - before)
                 release()
 
     def measurements(
@@ -332,7 +331,9 @@ def _back_to(model: nn.Module, device: torch.device) -> None:
 
 
 def _ids(dataset: Dataset) -> np.ndarray:
-    if "id" in dataset.column_names:
-        numbers = dataset.select_columns("id").with_format("arrow")[:]["id"]
-        return numbers.to_numpy()  # Python's own would take their time, and memory
-    return np.arange(len(dataset))
+    found = column(len(dataset), np.int64)
+    named = "id" in dataset.column_names
+    arrow = dataset.select_columns("id").with_format("arrow") if named else None
+    for rows in blocks_of(len(dataset)):  # Python's own would take their time, and memory
+        found[rows] = np.arange(rows.start, rows.stop) if arrow is None else arrow[rows]["id"]
+    return found

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from tsqlora.columns import blocks_of, column, copied, in_python
 from tsqlora.errors import DataError
 from tsqlora.quality import QualityScores
 
@@ -43,14 +44,37 @@ def draw(
     size = draw_size(len(probability), fraction)
     if not probability.any():
         probability = np.ones(len(probability))
-    possible = np.flatnonzero(probability > 0)
-    log_p = np.log(probability[possible])
-    random = np.random.default_rng([seed, epoch])
+    possible, random = int((probability > 0).sum()), np.random.default_rng([seed, epoch])
     rounds = [
-        possible[np.argsort(-(log_p + random.gumbel(size=len(possible))), kind="stable")]
-        for _ in range(math.ceil(size / len(possible)))
+        np.argsort(_noisy(probability, random), kind="stable")[:possible]
+        for _ in range(math.ceil(size / possible))
     ]
-    return np.concatenate(rounds)[:size].astype(np.int64)
+    return (np.concatenate(rounds) if len(rounds) > 1 else rounds[0])[:size]
+
+
+def drawn(probability: NDArray[np.floating], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which samples `draw` takes (N), without their order, so that nothing need be sorted."""
+    size, possible = draw_size(len(probability), fraction), probability > 0
+    if not possible.any():
+        probability, possible = column(len(probability), fill=1), ~possible
+    if possible.sum() <= size:
+        return possible
+    noisy = _noisy(probability, np.random.default_rng([seed, 0]))
+    ordered = copied(noisy)
+    ordered.partition(size - 1)
+    found = noisy < ordered[size - 1]
+    found[np.flatnonzero(noisy == ordered[size - 1])[: size - found.sum()]] = True
+    return found
+
+
+def _noisy(probability: NDArray[np.floating], random: np.random.Generator) -> NDArray[np.floating]:
+    """-(log p_i + Gumbel noise) (N), infinite where p_i is 0."""
+    result = column(len(probability), fill=np.inf)
+    for rows in blocks_of(len(probability)):
+        possible = probability[rows] > 0
+        log_p = np.log(probability[rows][possible])
+        result[rows][possible] = -(log_p + random.gumbel(size=len(log_p)))
+    return result
 
 
 def select_samples(
@@ -68,24 +92,22 @@ def select_samples(
             f"The data set has {len(dataset)} rows but the scores are of {len(scores.ids)} "
             "samples: score this data set."
         )
-    return dataset.select(np.unique(draw(scores.probability, fraction, seed)))
+    return dataset.select(np.flatnonzero(drawn(scores.probability, fraction, seed)))
 
 
 def unscored(ids: NDArray[np.integer], fraction: float, seed: int, verdict: str) -> QualityScores:
     """What the scores are where nothing was measured: all samples alike, NaN for every term."""
     samples = len(ids)
-    unknown = np.full(samples, np.nan)
-    probability = np.full(samples, 1 / samples)
-    selected = np.zeros(samples, dtype=bool)
-    selected[draw(probability, fraction, seed)] = True
+    unknown, probability = column(samples, fill=np.nan), column(samples, fill=1 / samples)
+    selected = drawn(probability, fraction, seed)
     return QualityScores(
         ids=ids,
         loss=unknown,
         gradient_norm=unknown,
         loss_reduction=unknown,
         convergence=unknown,
-        credibility=np.ones(samples),
-        quality=np.zeros(samples),
+        credibility=column(samples, fill=1),
+        quality=column(samples),
         probability=probability,
         selected=selected,
         verdict=verdict,
@@ -113,7 +135,7 @@ class QualitySampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(draw(self.probability, self.fraction, self.seed, self.epoch).tolist())
+        return in_python(draw(self.probability, self.fraction, self.seed, self.epoch))
 
     def __len__(self) -> int:
         return self._size

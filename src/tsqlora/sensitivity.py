@@ -146,7 +146,7 @@ def layer_sensitivity(
 def _batches(pool: Pool, first: int, every: int) -> Iterator[tuple[int, np.ndarray, Batch]]:
     """(number, positions, batch) of every so many-th batch from the first on."""
     mine = list(range(first, len(pool.plan), every))
-    ahead = np.concatenate([np.zeros(0, dtype=np.int64), *(pool.plan[n] for n in mine)])
+    ahead = [pool.plan[n] for n in mine]
     with progress(pool.tokens, ahead, "layer sensitivity", hidden=first > 0) as passed:
         for number in mine:
             for positions, batch in pool.take(pool.plan[number]):
