@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from tsqlora import columns
 from tsqlora.batches import _plan
-from tsqlora.columns import column, copied, distinct, in_python, kept
+from tsqlora.columns import column, copied, distinct, in_python, kept, release
 from tsqlora.config import QualityConfig
 from tsqlora.global_batches import RandomOrder
-from tsqlora.mapped import release
 from tsqlora.null import others
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import draw, drawn

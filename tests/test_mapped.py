@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsqlora import mapped, table_files
+from tsqlora.columns import release
 from tsqlora.data import dataset_fingerprint, load_dataset
-from tsqlora.mapped import Spool, release
+from tsqlora.mapped import Spool
 
 
 @settings(max_examples=25)

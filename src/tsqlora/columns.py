@@ -6,20 +6,42 @@ than a block's.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from tsqlora.artefacts import os_errors
-from tsqlora.mapped import mapping_of
 
 ROWS = 65_536
 """Rows of a block."""
 SMALL = 2**18
 """Bytes up to which a column stays in memory."""
+
+
+class _Mapping(mmap.mmap):
+    """One that can be referred to weakly."""
+
+
+_open: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
+
+
+def mapping_of(descriptor: int, size: int = 0, writable: bool = False) -> mmap.mmap:
+    """An open file, mapped so that `release` knows of it; it may be closed."""
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+    mapping = _Mapping(descriptor, size, access=access)
+    _open[id(mapping)] = mapping
+    return mapping
+
+
+def release() -> None:
+    """Let go of the pages of all that is mapped; they are read again when wanted."""
+    for mapping in list(_open.values()) if hasattr(mmap, "MADV_DONTNEED") else ():
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def column(samples: int, dtype: DTypeLike = np.float64, fill: float = 0) -> np.ndarray:

@@ -10,7 +10,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from tsqlora.artefacts import atomic_file, atomic_write_text
-from tsqlora.mapped import as_dataset, mapped_table, release
+from tsqlora.columns import release
+from tsqlora.mapped import as_dataset, mapped_table
 
 _LISTS = {
     "input_ids": pa.int32(),

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 import secrets
 import tempfile
-import weakref
 from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo
 
+from tsqlora.columns import mapping_of
+
 IN_MEMORY = 8 * 2**20
 """Bytes of a table up to which it stays in memory."""
-
-
-class _Mapping(mmap.mmap):
-    """One that can be referred to weakly."""
-
-
-_open: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
 
 
 def mapped_table(file: Path) -> pa.Table:
@@ -27,20 +20,6 @@ def mapped_table(file: Path) -> pa.Table:
     with file.open("rb") as opened:
         mapping = mapping_of(opened.fileno())
     return pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapping))).read_all()
-
-
-def mapping_of(descriptor: int, size: int = 0, writable: bool = False) -> mmap.mmap:
-    """An open file, mapped so that `release` knows of it; it may be closed."""
-    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-    mapping = _Mapping(descriptor, size, access=access)
-    _open[id(mapping)] = mapping
-    return mapping
-
-
-def release() -> None:
-    """Let go of the pages of all that is mapped; they are read again when wanted."""
-    for mapping in list(_open.values()) if hasattr(mmap, "MADV_DONTNEED") else ():
-        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def as_dataset(table: pa.Table, info: DatasetInfo | None = None) -> Dataset:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tsqlora.columns import blocks_of, column, copied, kept
+from tsqlora.columns import blocks_of, column, copied, kept, release
 from tsqlora.config import QualityConfig
 from tsqlora.convergence import (
     Sketches,
@@ -32,7 +32,6 @@ from tsqlora.credibility import (
     null_percentiles,
 )
 from tsqlora.errors import RunError
-from tsqlora.mapped import release
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

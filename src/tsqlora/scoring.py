@@ -27,13 +27,12 @@ from tsqlora.batches import (
 )
 from tsqlora.calibration import drawn_whole, measured_whole
 from tsqlora.collected import kin, numbers, predictions
-from tsqlora.columns import blocks_of, column
+from tsqlora.columns import blocks_of, column, release
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import DataError
 from tsqlora.fitting import fitting_batch_size
 from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import CLASSIFICATION, infer_kind
-from tsqlora.mapped import release
 from tsqlora.measuring import Columns, Direction, Meter, Wanted
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
 from tsqlora.parts import Measured, Parts, StoredSketches
