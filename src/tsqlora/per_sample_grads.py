@@ -125,6 +125,10 @@ SHORT = 509
 """Numbers in a sketch that stays in memory, where a `Sketch` of its own size goes to disk."""
 
 
+PIECES = 4
+"""Lengths of a sketch up to which a factor is added to it piece by piece."""
+
+
 class Sketch:
     """A random projection of the whole gradient to `size` numbers that keeps inner products.
 
@@ -146,6 +150,9 @@ class Sketch:
         samples, rows, width = gradient.shape
         signs = self.signs(factor, rows, width if columns is None else columns.width, gradient)
         start = self.start(factor)
+        if columns is None and signs.numel() <= PIECES * self.size:
+            self._add_pieces(gradient.flatten(1), signs.flatten(), start)
+            return
         if columns is None:
             share = self._folded((gradient * signs).flatten(1)).roll(start, 1)
         else:
@@ -160,6 +167,18 @@ class Sketch:
         total, self.total = self.total, 0.0
         assert isinstance(total, Tensor), "no gradient was sketched"
         return total
+
+    def _add_pieces(self, gradient: Tensor, signs: Tensor, start: int) -> None:
+        """Piece by piece between the sketch's ends: for few of them, cheaper than to fold."""
+        if not isinstance(self.total, Tensor):
+            self.total = gradient.new_zeros(len(gradient), self.size)
+        dtype = torch.promote_types(self.total.dtype, gradient.dtype)
+        self.total, gradient, first = self.total.to(dtype), gradient.to(dtype), 0
+        while first < len(signs):
+            numbers = min(self.size - start, len(signs) - first)
+            own = slice(first, first + numbers)
+            self.total[:, start : start + numbers].addcmul_(gradient[:, own], signs[own])
+            first, start = first + numbers, 0
 
     def _folded(self, signed: Tensor) -> Tensor:
         whole = signed.shape[1] // self.size * self.size

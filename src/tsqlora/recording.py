@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ TOLERANCE = 0.01
 """Relative error that low precision may cause between a loss and its samples'."""
 AT_ONCE = 2**17
 """Numbers that are reduced together."""
+MOST_LAID = 256
+"""Layouts that are kept: one for each few factors and size of batch."""
 
 
 class Recorder:
@@ -153,6 +156,15 @@ class _Recorded(torch.autograd.Function):
         return back, ctx.sink(entered, gradient).to(weight.dtype), None
 
 
+@dataclass(frozen=True)
+class _Laid:
+    """A row a sample (N, P) in which factors have a place each; the signs (P) of a sketch."""
+
+    row: Tensor
+    own: list[Tensor]
+    signs: Tensor | None
+
+
 class _Tally:
     """‖g_i‖ and `Sketch` of gradients that come factor by factor, reduced some `AT_ONCE`.
 
@@ -166,7 +178,8 @@ class _Tally:
         self._waiting: list[tuple[str, Tensor]] = []
         self._squares: Tensor | None = None
         self._total: Tensor | None = None
-        self._signs: dict[tuple[object, ...], Tensor] = {}
+        self._laid: dict[tuple[object, ...], _Laid] = {}
+        self._storage = torch.empty(0)
 
     def add(self, factor: str, values: Tensor) -> None:
         """`values` (N, rows, columns) of one factor."""
@@ -184,27 +197,47 @@ class _Tally:
     def _reduce(self) -> None:
         if not self._waiting:
             return
-        row = self._side_by_side()
+        laid = self._laid_out()
+        row = laid.row.zero_()
+        for own, (_, values) in zip(laid.own, self._waiting, strict=True):
+            own.copy_(values)
         squares = torch.linalg.vector_norm(row, dim=1).square()
         self._squares = squares if self._squares is None else self._squares + squares
         if self.sketch is not None:
-            folded = row.mul_(self._row_of_signs(row)).unflatten(1, (-1, self.sketch.size)).sum(1)
+            assert laid.signs is not None
+            folded = row.mul_(laid.signs).unflatten(1, (-1, self.sketch.size)).sum(1)
             self._total = folded if self._total is None else self._total + folded
         self._waiting.clear()
 
-    def _side_by_side(self) -> Tensor:
+    def _laid_out(self) -> _Laid:
+        """Where those that wait go: the same for every batch, so it is kept, in one storage."""
         first = self._waiting[0][1]
+        kept = torch.float64 if first.dtype == torch.float64 else torch.float32
+        shapes = tuple((name, *values.shape[1:]) for name, values in self._waiting)
+        key = (len(first), kept, first.device, shapes)
+        if key not in self._laid:
+            if len(self._laid) >= MOST_LAID:
+                self._laid.clear()
+            self._laid[key] = self._lay_out(first.new_empty(0, dtype=kept))
+        return self._laid[key]
+
+    def _lay_out(self, like: Tensor) -> _Laid:
         around = [self._zeros(name, values[0].numel()) for name, values in self._waiting]
         lengths = [v[0].numel() + sum(z) for (_, v), z in zip(self._waiting, around, strict=True)]
-        kept = torch.float64 if first.dtype == torch.float64 else torch.float32
-        row = first.new_empty(len(first), sum(lengths), dtype=kept)
-        pieces = row.split(lengths, dim=1)
-        for (_, values), (before, after), piece in zip(self._waiting, around, pieces, strict=True):
-            piece[:, :before] = 0
-            piece[:, piece.shape[1] - after :] = 0
-            own = piece[:, before : piece.shape[1] - after]
-            own.unflatten(1, values.shape[1:]).copy_(values)
-        return row
+        samples = len(self._waiting[0][1])
+        size = samples * sum(lengths)
+        same = (self._storage.dtype, self._storage.device) == (like.dtype, like.device)
+        if not same or len(self._storage) < size:
+            self._storage = like.new_empty(size)
+            self._laid.clear()
+        row = self._storage[:size].view(samples, -1)
+        own = [
+            piece[:, before : piece.shape[1] - after].unflatten(1, values.shape[1:])
+            for (_, values), (before, after), piece in zip(
+                self._waiting, around, row.split(lengths, dim=1), strict=True
+            )
+        ]
+        return _Laid(row, own, None if self.sketch is None else self._row_of_signs(like))
 
     def _zeros(self, factor: str, numbers: int) -> tuple[int, int]:
         """How many zeros stand before and after so many numbers of a factor."""
@@ -215,15 +248,12 @@ class _Tally:
 
     def _row_of_signs(self, like: Tensor) -> Tensor:
         assert self.sketch is not None
-        key = tuple((name, *values.shape[1:]) for name, values in self._waiting)
-        if key not in self._signs:
-            pieces = []
-            for name, values in self._waiting:
-                signs = self.sketch.signs(name, values.shape[1], values.shape[2], like).flatten()
-                before, after = self._zeros(name, len(signs))
-                pieces += [signs.new_zeros(before), signs, signs.new_zeros(after)]
-            self._signs[key] = torch.cat(pieces)
-        return self._signs[key]
+        pieces = []
+        for name, values in self._waiting:
+            signs = self.sketch.signs(name, values.shape[1], values.shape[2], like).flatten()
+            before, after = self._zeros(name, len(signs))
+            pieces += [signs.new_zeros(before), signs, signs.new_zeros(after)]
+        return torch.cat(pieces)
 
 
 def summed_loss(kind: str, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
