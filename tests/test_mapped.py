@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqlora import mapped, table_files
+from tsqlora import columns, mapped, table_files
 from tsqlora.columns import release
 from tsqlora.data import dataset_fingerprint, load_dataset
 from tsqlora.mapped import Spool
@@ -58,9 +58,9 @@ def test_files_larger_than_memory_are_read_as_small_ones_and_leave_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
     monkeypatch.setattr(mapped, "IN_MEMORY", 1000)
     monkeypatch.setattr(table_files, "ROWS_AT_ONCE", 50)
-    before = len(mapped._open)
+    before = len(columns._open)
     on_disk = load_dataset(str(file), "data.train")
-    assert len(mapped._open) == before + 1
+    assert len(columns._open) == before + 1
     assert on_disk.features == in_memory.features
     assert list(on_disk) == list(in_memory)
     release()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from tsqlora.columns import column, distinct
+from tsqlora.columns import column, distinct, release
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -73,6 +73,7 @@ def with_others(sketches: Sketches, groups: Ints) -> Floats:
         units = unit(rows)
         index = np.searchsorted(values, groups[positions])
         result[positions] = row_cosine(units, sums[index] - units)
+    release()
     return result
 
 

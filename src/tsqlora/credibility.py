@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 
-from tsqlora.columns import blocks_of, column, copied, distinct, kept
+from tsqlora.columns import blocks_of, column, copied, distinct, kept, release
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -94,6 +94,7 @@ def null_percentiles(loss: Floats, group: Ints, null_loss: Floats, null_group: I
                 of_it = group[rows] == value
                 found[of_it] = _percentile(loss[rows][of_it], nulls[value])
         result[rows] = found
+    release()
     return result
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
 from tsqlora.artefacts import atomic_file, prepare_folder, remove_temporaries
-from tsqlora.columns import column
+from tsqlora.columns import column, release
 from tsqlora.errors import RunError
 from tsqlora.seals import checksum
 
@@ -123,6 +123,7 @@ class Parts:
                 f"{self.folder} lacks {int((~seen).sum())} of {self.samples} samples: remove it "
                 "and score again."
             )
+        release()
         return result
 
     def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
