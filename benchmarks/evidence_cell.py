@@ -1,0 +1,85 @@
+"""One cell of the evidence: its data, its budget, its configuration, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evidence_data import MINILM, SHARED, CellData, Task
+
+from tsqlora.config import RunConfig
+from tsqlora.demo import encoder_folder
+
+RANK = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what is trained on what, by which method, at which rate."""
+
+    task: Task
+    condition: str
+    method: str
+    seed: int
+    data: CellData
+    folder: Path
+    rate: float
+    epochs: float
+
+    @property
+    def budget(self) -> int:
+        """Sample passes in all."""
+        return math.ceil(self.epochs * len(self.data.train))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the budget pays for, where nothing else is done."""
+        return math.ceil(self.budget / self.task.batch)
+
+    def config(self, **sections: Any) -> RunConfig:
+        """The run's configuration; `sections` replace ours key by key."""
+        task, data, shared = self.task, self.folder / "data", SHARED / "models"
+        settings = {**task.settings}
+        for key in ("tokenizer", "target_tokenizer"):
+            if key in settings:
+                settings[key] = str(shared / settings[key])
+        base: dict[str, Any] = {
+            "model": str(encoder_folder() if task.model == MINILM else shared / task.model),
+            "task": task.kind,
+            "data": {
+                "train": str(data / "train.jsonl"),
+                "validation": str(data / "validation.jsonl"),
+                "test": str(data / "test.jsonl"),
+                "text": task.text,
+                "target": task.target,
+                "max_length": task.max_length,
+            },
+            "ranks": {"mean_rank": RANK},
+            "metrics": [task.metric],
+            "training": {
+                "learning_rate": self.rate,
+                "max_steps": self.steps,
+                "per_device_train_batch_size": task.batch,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+            },
+            "output": str(self.folder / "run"),
+            "seed": self.seed,
+        }
+        merged = {**base, **settings}
+        for name, section in sections.items():
+            merged[name] = {**merged.get(name, {}), **section}
+        return RunConfig.from_dict(merged)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a cell: metrics by split, passes and seconds in all, adapter parameters."""
+
+    metrics: dict[str, dict[str, float]]
+    passes: float
+    seconds: float
+    parameters: int
+    notes: dict[str, Any] = field(default_factory=dict)

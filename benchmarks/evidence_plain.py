@@ -1,0 +1,181 @@
+"""Plain LoRA, on rows of one's choice, in an order and with weights of one's choice."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from evidence_cell import RANK, Cell, Outcome
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, set_seed
+
+from tsqlora.batches import Collator, subset
+from tsqlora.finished import measure
+from tsqlora.inputs import Inputs
+from tsqlora.lora_layers import wrap
+from tsqlora.losses import infer_kind, sample_losses
+from tsqlora.selection import draw_size
+from tsqlora.training import training_arguments
+from tsqlora.two_parts import uniform_config
+
+
+@dataclass
+class Plain:
+    """Plain LoRA training, with the places where rivals differ.
+
+    Attributes:
+        rows: which of the encoded pool is trained on; None for all.
+        order: draws of positions, endless, given the trainer; None for the Trainer's own.
+        adapter: the PEFT model; None for uniform LoRA.
+        weigh: weights of a batch's samples in the loss, given (positions, losses).
+        callbacks: the Trainer's.
+        extra_passes: what was spent before or beside the steps.
+    """
+
+    cell: Cell
+    rank: int = RANK
+    rows: Callable[[Dataset], Dataset] | None = None
+    order: Callable[[IndexedTrainer], Iterator[int]] | None = None
+    adapter: Callable[[Inputs, int], PeftModel] | None = None
+    weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    callbacks: tuple[TrainerCallback, ...] = ()
+    extra_passes: float = 0.0
+
+    def run(self) -> Outcome:
+        """Train, measure on validation and test."""
+        started = time.perf_counter()
+        config = self.cell.config(ranks={"mean_rank": self.rank})
+        inputs = Inputs(config)
+        steps = max(1, self.cell.steps - math.ceil(self.extra_passes / self.cell.task.batch))
+        pool = inputs.splits.train
+        rows = self.rows(pool) if self.rows else pool
+        rows = rows.add_column("position", list(range(len(rows))))
+        set_seed(config.seed)
+        model = (self.adapter or uniform)(inputs, self.rank)
+        settings = {**config.training, "max_steps": steps}
+        trainer = IndexedTrainer(
+            model=model,
+            args=training_arguments(settings, self.cell.folder / "plain", config.seed),
+            train_dataset=rows,
+            data_collator=indexed(inputs.task.collate),
+            callbacks=list(self.callbacks),
+        )
+        trainer.order, trainer.weigh = self.order, self.weigh
+        trainer.plain_collate = inputs.task.collate
+        trainer.train()
+        seconds = time.perf_counter() - started
+        trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        found = {
+            name: measure(config, inputs.task, model, split)
+            for name, split in inputs.splits.measured.items()
+        }
+        passes = steps * self.cell.task.batch + self.extra_passes
+        return Outcome(found, passes, seconds, trained)
+
+
+class IndexedTrainer(Trainer):
+    """A Trainer that knows which samples a batch holds."""
+
+    order: Callable[[IndexedTrainer], Iterator[int]] | None = None
+    weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    plain_collate: Collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.order is None:
+            return super()._get_train_sampler(train_dataset)
+        return Endless(self, self.args.max_steps * self.args.train_batch_size)
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        positions = inputs.pop("position").numpy()
+        if self.weigh is None:
+            return super().compute_loss(model, inputs, *rest, **named)
+        kind, labels = infer_kind(model), inputs["labels"]
+        losses = sample_losses(kind, model(**inputs).logits, labels)
+        weights = torch.as_tensor(self.weigh(positions, losses.detach().numpy())).to(losses)
+        return (losses * weights).mean()
+
+
+@dataclass
+class Endless(Sampler[int]):
+    """One long epoch of so many draws, made as they are asked for."""
+
+    trainer: IndexedTrainer
+    draws: int
+
+    def __iter__(self) -> Iterator[int]:
+        assert self.trainer.order is not None
+        order = self.trainer.order(self.trainer)
+        for _ in range(self.draws):
+            yield next(order)
+
+    def __len__(self) -> int:
+        return self.draws
+
+
+def indexed(collate: Callable[[list[dict[str, Any]]], Any]) -> Callable[..., Any]:
+    """`collate` with the samples' `position` beside."""
+
+    def both(features: list[dict[str, Any]]) -> Any:
+        return {**collate(features), "position": torch.tensor([f["position"] for f in features])}
+
+    return both
+
+
+def uniform(inputs: Inputs, rank: int) -> PeftModel:
+    """PEFT's LoRA of one rank everywhere."""
+    base = inputs.base_model()
+    return wrap(base, uniform_config(inputs.config, base))
+
+
+def lora(cell: Cell) -> Outcome:
+    """Plain LoRA on all data."""
+    return Plain(cell).run()
+
+
+def lora_r4(cell: Cell) -> Outcome:
+    """Plain LoRA of half the rank."""
+    return Plain(cell, RANK // 2).run()
+
+
+def lora_random(cell: Cell) -> Outcome:
+    """Plain LoRA on a random half, as many steps."""
+    return Plain(cell, rows=lambda pool: subset(pool, draw_size(len(pool), 0.5), cell.seed)).run()
+
+
+def oracle(cell: Cell) -> Outcome:
+    """Plain LoRA on the rows that are neither wrong nor copies."""
+    return Plain(cell, rows=lambda pool: pool.select(_sound(cell, pool))).run()
+
+
+def lora_trusted(cell: Cell) -> Outcome:
+    """Plain LoRA on all data and the trusted rows."""
+    return Plain(cell, rows=lambda pool: concatenate_datasets([pool, _trusted(cell)])).run()
+
+
+def oracle_trusted(cell: Cell) -> Outcome:
+    """The oracle, with the trusted rows."""
+
+    def rows(pool: Dataset) -> Dataset:
+        return concatenate_datasets([pool.select(_sound(cell, pool)), _trusted(cell)])
+
+    return Plain(cell, rows=rows).run()
+
+
+def _sound(cell: Cell, pool: Dataset) -> list[int]:
+    bad = cell.data.wrong | cell.data.copies
+    return [position for position, number in enumerate(pool["id"]) if number not in bad]
+
+
+def _trusted(cell: Cell) -> Dataset:
+    source = str(cell.folder / "data" / "trusted.jsonl")
+    config = cell.config(quality={"reference": source})
+    trusted = Inputs(config).splits.reference
+    assert trusted is not None
+    return trusted
