@@ -120,12 +120,14 @@ class Trap:
             (safetensors.torch, "serialize_file"),
             (safetensors.numpy, "serialize_file"),
             (pq, "write_table"),
+            (pq.ParquetWriter, "write_table"),
         ):
             setattr(place, name, self._watched(getattr(place, name), name))
 
     def _watched(self, write: Callable[..., Any], name: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            where = next((str(a) for a in args if isinstance(a, (str, Path))), "")
+            named = [*args, *(getattr(each, "where", None) for each in args)]
+            where = next((str(a) for a in named if isinstance(a, (str, Path))), "")
             self._event(f"before {name}", where)
             result = write(*args, **kwargs)
             self._event(f"after {name}", where)
