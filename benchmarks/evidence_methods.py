@@ -17,9 +17,8 @@ from evidence_plain import lora, lora_r4, lora_random, lora_trusted, oracle, ora
 from evidence_rivals import adalora, eva, infobatch, small_loss
 from sklearn.metrics import roc_auc_score
 
-from tsqlora.credibility import ENOUGH
-from tsqlora.null import FREE, NULL_SAMPLES
-from tsqlora.online import NULL_SHARE
+from tsqlora.null import FREE
+from tsqlora.online import null_pairs
 from tsqlora.pipeline import SENSITIVITY_SAMPLES, Run
 from tsqlora.quality import QualityScores
 from tsqlora.scoring import Scorer
@@ -46,7 +45,7 @@ def tsqlora(**sections: Any) -> Method:
         cost = metrics["cost"]
         splits = {k: metrics[k] for k in ("validation", "test")}
         passes = cost["scoring_passes"] + cost["training_passes"]
-        return Outcome(splits, passes, seconds, _plan_parameters(run), _judged(cell, run))
+        return Outcome(splits, passes, seconds, run.plan().parameters, _judged(cell, run))
 
     return method
 
@@ -66,7 +65,7 @@ def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
             scoring += scorer.passes(cell.task.kind, samples, trusted if quality.reference else 0)
         elif quality.mode == "online" and cell.task.kind not in FREE:
             epochs = steps * cell.task.batch / drawn
-            scoring += 0.5 * epochs * min(NULL_SAMPLES, max(ENOUGH, drawn // NULL_SHARE))
+            scoring += 0.5 * epochs * null_pairs(drawn)
         return (first.steps + steps) * cell.task.batch + scoring
 
     low, high = 1, cell.steps
@@ -74,10 +73,6 @@ def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(middle) <= cell.budget else (low, middle - 1)
     return low
-
-
-def _plan_parameters(run: Run) -> int:
-    return run.plan().parameters
 
 
 def _judged(cell: Cell, run: Run) -> dict[str, Any]:

@@ -30,6 +30,11 @@ NULL_SHARE = 20
 """Once an epoch, one mismatched pair for so many samples drawn shows what wrong targets cost."""
 
 
+def null_pairs(drawn: int) -> int:
+    """Mismatched pairs of generation's null, taken once an epoch of so many samples."""
+    return min(NULL_SAMPLES, max(ENOUGH, drawn // NULL_SHARE))
+
+
 class Visits:
     """What was measured of each of N samples when it was last trained on.
 
@@ -108,8 +113,7 @@ class OnlineScorer:
     """
 
     def __init__(self, scorer: Scorer, rows: Dataset) -> None:
-        drawn = draw_size(len(rows), scorer.quality.fraction)
-        pairs = min(NULL_SAMPLES, max(ENOUGH, drawn // NULL_SHARE))
+        pairs = null_pairs(draw_size(len(rows), scorer.quality.fraction))
         self.scorer, self.rows = replace(scorer, null_samples=pairs), rows
         self.spent = 0.0
 
