@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -153,3 +155,17 @@ def looped_allocation(
 def dense_delta(module: LoraModule) -> Tensor:
     """scale · B A (out, in)."""
     return module.scale * module.b.weight @ module.a.weight
+
+
+def looped_duplicates(
+    texts: Sequence[Sequence[int]], targets: Sequence[object], threshold: float
+) -> list[int]:
+    """The group of every text, by comparing each with each."""
+    counted = [Counter([*text, *pairwise([None, *text, None])]) for text in texts]
+    groups = list(range(len(texts)))
+    for i, one in enumerate(counted):
+        for j, other in enumerate(counted[:i]):
+            alike = (one & other).total() / (one | other).total() >= threshold
+            if alike and targets[i] == targets[j]:
+                groups = [groups[j] if group == groups[i] else group for group in groups]
+    return groups

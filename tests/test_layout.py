@@ -24,6 +24,7 @@ ORDER = [
     "hooks", "targets", "lora_layers", "factors", "experts",
     "global_batches", "memory", "adaptation", "per_sample_grads", "recording", "lookahead",
     "credibility", "convergence", "calibration", "quality", "selection", "mismatch",
+    "shingles", "duplicates",
     "measuring", "fitting", "parts", "null", "collected", "scoring", "online",
     "estimators", "sensitivity",
     "rank_rules", "allocation", "zero", "sharded", "optimizer_state", "adapter", "merging",

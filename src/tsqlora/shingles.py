@@ -1,0 +1,135 @@
+"""Texts of tokens as sets of hashed n-grams: what MinHash compares.
+
+A text of n tokens is the set of its tokens and of its pairs of neighbours, its two ends counted as
+neighbours too, each numbered where it comes again: 2n + 1 shingles. How alike two texts are is
+J = |A ∩ B| / |A ∪ B|. A token left out of n gives (n - 1) / (n + 1) or more, one said twice
+(2n + 1) / (2n + 3), another in its place (n - 1) / (n + 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tsqlora.columns import column
+
+PIECE = 2**21
+"""Shingles that are worked on at once."""
+
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Tokens of some samples one after the other, how many each has, and a number that samples must
+share to be alike at all."""
+
+_START, _END = -1, -2
+_ONE, _TWO = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+
+
+@dataclass(frozen=True)
+class Shingles:
+    """Sample i's hashes are `hashes[starts[i]:starts[i + 1]]`, in order and none twice."""
+
+    hashes: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of some samples (M), one after the other, each with its number from 0."""
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        owner = np.repeat(np.arange(len(rows)), lengths)
+        inside = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return owner, self.hashes[self.starts[rows][owner] + inside]
+
+
+def shingles_of(blocks: Iterator[Block], samples: int, tokens: int) -> Shingles:
+    """The shingles of all blocks, of at most so many samples and tokens."""
+    hashes = column(2 * tokens + samples, np.uint32)
+    starts = column(samples + 1, np.int64)
+    first = used = 0
+    for values, lengths, apart in blocks:
+        made, counts = _shingled(values, lengths, apart)
+        hashes[used : used + len(made)] = made
+        starts[first + 1 : first + 1 + len(counts)] = used + np.cumsum(counts)
+        first, used = first + len(counts), used + len(made)
+    return Shingles(hashes[:used], starts[: first + 1])
+
+
+def similarity(shingles: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """J of pairs of samples (M)."""
+    sizes = np.diff(shingles.starts)
+    shared = np.zeros(len(left), np.int64)
+    ends = np.cumsum(sizes[left] + sizes[right])
+    start = 0
+    while start < len(left):
+        budget = (ends[start - 1] if start else 0) + PIECE
+        stop = max(int(np.searchsorted(ends, budget, "right")), start + 1)
+        shared[start:stop] = _shared(shingles, left[start:stop], right[start:stop])
+        start = stop
+    return shared / np.maximum(sizes[left] + sizes[right] - shared, 1)
+
+
+def _shared(shingles: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """|A ∩ B| of pairs (M): both sides are in order, so one search serves all."""
+    owner, hashes = shingles.of(left)
+    wanted = (owner.astype(np.uint64) << np.uint64(32)) | hashes
+    there_owner, hashes = shingles.of(right)
+    there = (there_owner.astype(np.uint64) << np.uint64(32)) | hashes
+    places = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+    return np.bincount(owner[there[places] == wanted], minlength=len(left))
+
+
+def pieces(starts: np.ndarray) -> Iterator[slice]:
+    """Samples in slices of about `PIECE` shingles, one sample at least."""
+    first, samples = 0, len(starts) - 1
+    while first < samples:
+        stop = int(np.searchsorted(starts, starts[first] + PIECE, "right")) - 1
+        stop = min(max(stop, first + 1), samples)
+        yield slice(first, stop)
+        first = stop
+
+
+def _shingled(
+    values: np.ndarray, lengths: np.ndarray, apart: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The hashes of some samples, in order within each, and how many each has."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    ends = np.cumsum(lengths + 1)
+    following = np.full(len(values) + len(lengths), _END, np.int64)
+    inner = np.ones(len(following), bool)
+    inner[ends - 1] = False
+    following[inner] = values
+    leading = np.full(len(following), _START, np.int64)
+    leading[1:][inner[:-1]] = following[:-1][inner[:-1]]
+    single = mixed(values.astype(np.uint64) * _ONE)
+    pairs = mixed(mixed(leading.astype(np.uint64) * _ONE) + following.astype(np.uint64) * _TWO)
+    of_pair = np.repeat(np.arange(len(lengths)), lengths + 1)
+    counts = 2 * lengths + 1
+    grams = _in_order(np.concatenate([single, pairs]), np.concatenate([owner, of_pair]))
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    numbered = mixed(grams + mixed(_occurrence(grams, owner) * _ONE + apart[owner]))
+    return _in_order(numbered, owner), counts
+
+
+def _in_order(hashes: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Hashes in 32 bits, sample by sample, in order."""
+    codes = (owner.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))
+    codes.sort()
+    return codes.astype(np.uint32)
+
+
+def _occurrence(grams: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """How many equal ones stand before each in its sample; they stand side by side."""
+    new = np.ones(len(grams), bool)
+    new[1:] = (grams[1:] != grams[:-1]) | (owner[1:] != owner[:-1])
+    places = np.arange(len(grams))
+    return (places - np.maximum.accumulate(np.where(new, places, 0))).astype(np.uint64)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Well-mixed 64 bits of 64 bits (the finaliser of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
