@@ -154,6 +154,9 @@ def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
     assert np.isnan(found.loss[missed]).all()
     assert np.isfinite(found.loss[seen]).all()
     assert found.probability.sum() == pytest.approx(1)
+    assert found.prediction is not None
+    assert (found.prediction[missed] == -1).all()
+    assert (found.prediction[seen] >= 0).all()
     assert "15 of 30 samples were never drawn" in found.verdict
     assert found.selected.sum() == 6
 

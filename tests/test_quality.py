@@ -305,8 +305,17 @@ def test_scores_survive_parquet(tmp_path: Path) -> None:
         "probability",
         "selected",
     ]
+    assert again.prediction is None
     with pytest.raises(RunError, match=r"none\.parquet"):
         QualityScores.from_parquet(tmp_path / "none.parquet")
+
+
+def test_predictions_survive_parquet_where_there_are_some(tmp_path: Path) -> None:
+    classes = np.arange(len(measured().ids), dtype=np.int32) % 3
+    scores = quality_scores(replace(measured(), predicted=classes), QualityConfig())
+    scores.to_parquet(tmp_path / "scores.parquet")
+    again = QualityScores.from_parquet(tmp_path / "scores.parquet")
+    np.testing.assert_array_equal(again.prediction, classes)
 
 
 def test_small_helpers_do_what_they_say() -> None:

@@ -20,10 +20,12 @@ from runs import WORDS, classification_run, tokenizer
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import QualityScores, calibration, null, score_samples, scoring
 from tsqlora.batches import OWN, Pool, batches
+from tsqlora.collected import predictions
 from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import IGNORED
 from tsqlora.mismatch import mismatched_pairs
+from tsqlora.online import Visits
 from tsqlora.parts import Parts
 from tsqlora.pipeline import Run
 
@@ -77,6 +79,31 @@ def test_scores_do_not_depend_on_the_size_of_the_batches(name: str) -> None:
             np.testing.assert_allclose(getattr(together, term), wanted, rtol=1e-3, atol=2e-4)
         np.testing.assert_allclose(together.loss, alone.loss, rtol=1e-5)
         assert together.wrong_share == pytest.approx(alone.wrong_share, nan_ok=True)
+
+
+def test_predictions_are_the_classes_that_the_model_says() -> None:
+    model, rows = adapted("bert"), pool("classification")
+    scores = score_samples(model, rows, collate, batch_size=5)
+    with torch.no_grad():
+        said = [int(model(**collate([row])).logits.argmax()) for row in rows.to_list()]
+    assert scores.prediction is not None
+    assert scores.prediction.tolist() == said
+    assert len(set(said)) > 1
+
+
+def test_predictions_of_numbers_are_the_outputs() -> None:
+    visits = Visits(4)
+    found = {"loss": [1.0, 2.0], "gradient_norm": [1.0, 1.0], "label": [0.5, -0.5]}
+    columns = {name: np.array(values, np.float32) for name, values in found.items()}
+    output = np.array([[0.25], [4.0]], np.float32)
+    visits.add(0, {"position": np.array([3, 1]), "output": output, **columns})
+    visits.settle()
+    assert predictions(visits, "regression")["predicted"].tolist() == [4.0, 0.25]
+
+
+def test_generation_leaves_no_predictions() -> None:
+    scores = score_samples(adapted("llama"), pool("causal-lm"), collate, batch_size=5)
+    assert scores.prediction is None
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,27 @@ def kin(parts: Measured, kind: str) -> np.ndarray | None:
     return high
 
 
-def predictions(parts: Measured, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """How sure the model is of its first class, and whether the label is that class (N each)."""
-    confidence = column(len(labels), np.float32)
+def predictions(parts: Measured, kind: str) -> dict[str, np.ndarray]:
+    """What the model says of classes and numbers (N each): see `Measurements`; else nothing."""
+    if kind == CLASSIFICATION:
+        return _classes(parts, parts.column("label"))
+    if kind != REGRESSION:
+        return {}
+    predicted = column(len(parts.column("label")), np.float32)
+    for positions, outputs in parts.blocks("output"):
+        predicted[positions] = outputs[:, 0]
+    return {"predicted": predicted}
+
+
+def _classes(parts: Measured, labels: np.ndarray) -> dict[str, np.ndarray]:
+    confidence, predicted = column(len(labels), np.float32), column(len(labels), np.int32)
     agrees = np.zeros(len(labels), dtype=bool)
     for positions, outputs in parts.blocks("output"):
         best = torch.tensor(outputs).topk(2)
         confidence[positions] = (best.values[:, 0] - best.values[:, 1]).numpy()
-        agrees[positions] = best.indices[:, 0].numpy() == labels[positions]
-    return {"confidence": confidence, "agrees": agrees}
+        predicted[positions] = best.indices[:, 0].numpy()
+        agrees[positions] = predicted[positions] == labels[positions]
+    return {"confidence": confidence, "agrees": agrees, "predicted": predicted}
 
 
 def _require_finite(ids: np.ndarray, columns: list[np.ndarray]) -> None:

@@ -143,6 +143,14 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray) -> QualityS
         result[seen] = values
         return result
 
+    def predicted() -> np.ndarray | None:
+        if found.prediction is None:
+            return None
+        numbers = np.issubdtype(found.prediction.dtype, np.floating)
+        result = np.full(len(ids), np.nan if numbers else -1, found.prediction.dtype)
+        result[seen] = found.prediction
+        return result
+
     missed = len(ids) - len(seen)
     verdict = found.verdict + (f"; {missed} of {len(ids)} samples were never drawn" * bool(missed))
     return replace(
@@ -154,5 +162,6 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray) -> QualityS
         convergence=whole(found.convergence, np.nan),
         credibility=whole(found.credibility, 1.0),
         quality=whole(found.quality, found.quality.max()),
+        prediction=predicted(),
         verdict=verdict,
     )

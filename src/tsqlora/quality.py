@@ -65,6 +65,7 @@ class Measurements:
             number's too high or too low predictions; None if all do.
         alignment: the exact cosine of g_i with a reference's mean unit gradient (N), None if there
             is none.
+        predicted: the model's class (its number) or number (N); None for generation.
     """
 
     ids: Ints
@@ -81,6 +82,7 @@ class Measurements:
     classes: int | None = None
     kin: Ints | None = None
     alignment: Floats | None = None
+    predicted: Ints | Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class QualityScores:
     """The score of every sample, as the columns of `scores.parquet`, each of length N.
 
     `gradient_norm`, `loss_reduction` and `convergence` are the raw terms; `quality` is Q_i,
-    `probability` p_i (adds up to 1), `selected` the seeded draw of the first epoch.
+    `probability` p_i (adds up to 1), `selected` the seeded draw of the first epoch. `prediction` is
+    what the model said when it was scored, a class's number (-1: never scored) or a number; None
+    for generation.
     """
 
     ids: Ints
@@ -100,12 +104,15 @@ class QualityScores:
     quality: Floats
     probability: Floats
     selected: NDArray[np.bool_]
+    prediction: Ints | Floats | None = field(default=None, compare=False)
     wrong_share: float = field(default=float("nan"), compare=False)
     verdict: str = field(default="", compare=False)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write one row a sample: `id`, then the other columns under their own names."""
         columns = {_column(name): getattr(self, name) for name in _COLUMNS}
+        if self.prediction is not None:
+            columns["prediction"] = self.prediction
         table = pa.table(columns).replace_schema_metadata(
             {"wrong_share": repr(float(self.wrong_share)), "verdict": self.verdict}
         )
@@ -121,6 +128,8 @@ class QualityScores:
         try:
             with pq.ParquetFile(path) as file:
                 arrays = {name: _read(file, _column(name)) for name in _COLUMNS}
+                if "prediction" in file.schema_arrow.names:
+                    arrays["prediction"] = _read(file, "prediction")
                 notes = file.schema_arrow.metadata or {}
         except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(
@@ -138,7 +147,7 @@ class QualityScores:
         return float(1 / np.dot(self.probability, self.probability))
 
 
-_COLUMNS = [f.name for f in fields(QualityScores) if f.name not in ("wrong_share", "verdict")]
+_COLUMNS = [f.name for f in fields(QualityScores) if f.compare]
 
 
 def _column(name: str) -> str:
@@ -194,6 +203,7 @@ def quality_scores(
         quality=quality,
         probability=probability,
         selected=np.ones(len(pool.ids), dtype=bool),
+        prediction=pool.predicted,
         wrong_share=credible.wrong_share,
         verdict=credible.verdict,
     )

@@ -271,7 +271,7 @@ class Scorer:
             group=group,
             null_loss=found[0],
             null_group=found[1],
-            **predictions(parts, group) if kind == CLASSIFICATION else {},
+            **predictions(parts, kind),
             classes=width,
             kin=kin(parts, kind),
         )
