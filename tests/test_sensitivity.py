@@ -13,7 +13,7 @@ from reference import exact_hessian_trace, looped_sensitivity
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.errors import ConfigError, DataError, RunError
 from tsqlora.lora_layers import lora_modules
-from tsqlora.scoring import score_samples
+from tsqlora.samples import score_samples
 from tsqlora.sensitivity import LayerSensitivity, layer_sensitivity
 
 

@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "score_samples": "scoring",
+    "score_samples": "samples",
     "select_samples": "selection",
     "QualitySampler": "selection",
     "layer_sensitivity": "sensitivity",

@@ -20,13 +20,14 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from tsqlora.artefacts import remove
-from tsqlora.batches import Collator, model_columns, try_out
+from tsqlora.batches import Collator, model_columns
 from tsqlora.checkpoints import last_checkpoint, train_from
 from tsqlora.errors import TrainingError
 from tsqlora.global_batches import GlobalBatchTrainer
 from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import infer_kind
 from tsqlora.memory import out_of_memory
+from tsqlora.trials import try_out
 
 logger = logging.getLogger("tsqlora")
 

@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tsqlora.allocation import RankPlan, pattern_key
-from tsqlora.errors import ConfigError, ModelError
+from tsqlora.errors import ConfigError, ModelError, TrainingError
 from tsqlora.lora_layers import LoraModule, lora_modules
 from tsqlora.optimizer_state import keep_state, state_of, zero_state
-from tsqlora.sharded import set_parameter, whole, zero_gradient
+from tsqlora.sharded import is_sharded, set_parameter, whole, zero_gradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,43 @@ def check_plan(model: nn.Module, plan: RankPlan) -> None:
     ]
     if different:
         raise ModelError.of(different)
+
+
+def check_adapts(model: nn.Module, plan: RankPlan) -> None:
+    """Check that the adapter is on the plan's modules, whatever their ranks are by now.
+
+    Raises:
+        ModelError: naming those that only one of the two has.
+    """
+    adapted = {module.name for module in lora_modules(model)}
+    unknown, lacking = sorted(adapted - plan.ranks.keys()), sorted(plan.adapted.keys() - adapted)
+    problems = [
+        f"{words}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+        for words, names in (
+            ("The plan gives ranks to modules that the adapter is not on", lacking),
+            ("The adapter is on modules that the plan does not know", unknown),
+        )
+        if names
+    ]
+    if problems:
+        problems[-1] += ". Wrap the model by get_peft_model(model, tsqlora.lora_config(plan))."
+        raise ModelError.of(problems)
+
+
+def require_early(model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that factors may still change their shapes.
+
+    Raises:
+        TrainingError: the optimizer has state of them, or other processes their gradients.
+    """
+    wrapped = any(isinstance(m, DistributedDataParallel) for m in model.modules())
+    if wrapped or is_sharded(model) or optimizer.state:
+        raise TrainingError(
+            "It is too late to make room for ranks to grow, as the "
+            + ("optimizer has stepped" if optimizer.state else "model is wrapped for processes")
+            + ": make DynamicRank before accelerator.prepare(model) and the first step, or leave "
+            "out headroom."
+        )
 
 
 def _same(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:

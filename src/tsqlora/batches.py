@@ -17,8 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm.auto import tqdm
 
 from tsqlora.columns import blocks_of, column
-from tsqlora.data import require_map_style
-from tsqlora.errors import DataError, ModelError
+from tsqlora.errors import DataError
 from tsqlora.losses import SEQ2SEQ, sample_losses
 from tsqlora.quantized import keep_exact
 
@@ -28,16 +27,6 @@ Batch = dict[str, Tensor]
 OWN = 16
 """Tokens that a sample counts beside its own, for what it takes in memory at any length."""
 ROWS_AT_ONCE = 10_000
-
-_REFUSALS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    AssertionError,
-)
 
 
 def model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
@@ -49,18 +38,6 @@ def model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
     accepted = {*inspect.signature(inner.forward).parameters, "label", "label_ids", "labels"}
     kept = [name for name in dataset.column_names if name in accepted]
     return dataset.select_columns(kept) if kept else dataset
-
-
-def require_samples(model: nn.Module, dataset: Any, collator: Collator) -> None:
-    """Check, before anything long, that `dataset` holds rows which `collator` gives labels.
-
-    Raises:
-        DataError: it is no `datasets.Dataset`, is empty, or its batches have no `labels`.
-    """
-    require_map_style(dataset, "the data set")
-    if len(dataset) == 0:
-        raise DataError("There is no sample to measure: the data set is empty.")
-    _require_labels(collator([model_columns(model, dataset)[0]]), dataset)
 
 
 class Pool:
@@ -97,12 +74,8 @@ class Pool:
             DataError: the collator gives no `labels`, or other samples than it was given.
         """
         batch = self.collator(self.rows.__getitems__(positions.tolist()))
-        _require_labels(batch, self.rows)
-        if len(batch["labels"]) != len(positions):
-            raise DataError(
-                f"The collator made {len(batch['labels'])} samples of {len(positions)} rows, so "
-                "they cannot be told apart: use one that neither packs nor splits rows."
-            )
+        require_labels(batch, self.rows)
+        require_apart(batch, len(positions))
         found = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
         padded = sum(found[name].numel() for name in self._columns if name in found)
         pieces = min(len(positions), max(1, round(padded / self.most)))
@@ -224,11 +197,22 @@ def _lengths(dataset: Dataset, columns: Sequence[str]) -> np.ndarray:
     return found
 
 
-def _require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:
+def require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:
+    """DataError where a batch of `dataset` has no `labels`."""
     if "labels" not in batch:
         raise DataError(
             "The collator's batches have no `labels`, so no loss can be taken: name the target "
             f"column `labels` (columns here: {', '.join(dataset.column_names)})."
+        )
+
+
+def require_apart(batch: Mapping[str, Tensor], rows: int) -> None:
+    """DataError where a batch made of so many rows holds another number of samples."""
+    if len(batch["labels"]) != rows:
+        raise DataError(
+            f"The collator made {len(batch['labels'])} samples of {rows} rows, so they cannot be "
+            "told apart: use one that neither packs nor splits rows (TRL: packing=False, "
+            "padding_free=False)."
         )
 
 
@@ -247,38 +231,6 @@ def forward_logits(model: nn.Module, kind: str, batch: Batch) -> Tensor:
 def forward_losses(model: nn.Module, kind: str, batch: Batch) -> Tensor:
     """ℓ_i (N) of a batch."""
     return sample_losses(kind, forward_logits(model, kind, batch), batch["labels"])
-
-
-def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -> None:
-    """Take the two longest samples forward and back, so that what cannot work shows at once.
-
-    Raises:
-        ModelError: with the model's own words.
-    """
-    longest = Pool(model, dataset, collator, 2)
-    _, batch = next(longest.take(longest.plan[0]))
-    held = {parameter: parameter.grad for parameter in model.parameters()}
-    training = model.training
-    try:
-        with torch.enable_grad():
-            with evaluating(model):  # as samples are measured
-                forward_losses(model, kind, batch).sum().backward()
-            model.train()  # as the Trainer takes them
-            found = model(**batch)
-            (found["loss"] if isinstance(found, Mapping) else found[0]).backward()
-    except torch.OutOfMemoryError:
-        raise
-    except _REFUSALS as error:
-        name = type(getattr(model, "get_base_model", lambda: model)()).__name__
-        words = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
-            f"{name} cannot take these samples forward and back ({words.rstrip('. ')}). Mend its "
-            "config.json or the tokenizer, lower data.max_length, or use another model."
-        ) from error
-    finally:
-        for parameter, gradient in held.items():
-            parameter.grad = gradient
-        model.train(training)
 
 
 @contextmanager

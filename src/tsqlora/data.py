@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value
+from numpy.typing import NDArray
 
 from tsqlora.columns import blocks_of, column
 from tsqlora.errors import ConfigError, DataError
@@ -166,6 +167,21 @@ def require_map_style(dataset: Any, where: str) -> None:
             f"{where}: expected a datasets.Dataset, not {type(dataset).__name__}. Choose a split "
             "of several, load without streaming, or make one by Dataset.from_list."
         )
+
+
+def numbered(dataset: Any) -> NDArray[np.int64] | None:
+    """The column `id` of a data set (N), None where it has none that holds whole numbers."""
+    feature = getattr(dataset, "features", None) or {}
+    kind = getattr(feature.get("id"), "dtype", "")
+    if not kind.startswith(("int", "uint")):
+        return None
+    found, arrow = column(len(dataset), np.int64), dataset.select_columns("id").with_format("arrow")
+    for rows in blocks_of(len(dataset)):  # Python's own numbers would take their time, and memory
+        block = arrow[rows]["id"]
+        if block.null_count:
+            return None
+        found[rows] = block
+    return found
 
 
 def _with_ids(dataset: Dataset) -> Dataset:

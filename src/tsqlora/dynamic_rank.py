@@ -20,15 +20,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tsqlora import processes
-from tsqlora.adapter import active, active_ranks, compact, forget, grow, prune
+from tsqlora.adapter import (
+    active,
+    active_ranks,
+    add_headroom,
+    check_adapts,
+    compact,
+    forget,
+    grow,
+    prune,
+    require_early,
+)
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import LoraModule, lora_modules
 from tsqlora.observing import Observed, Observer
-from tsqlora.optimizer_state import check_understood, is_quantised
+from tsqlora.optimizer_state import check_trains, check_understood, is_quantised
 from tsqlora.sensitivity import LayerSensitivity
 from tsqlora.sharded import has_gradient
-from tsqlora.zero import in_pieces
 
 logger = logging.getLogger("tsqlora")
 
@@ -76,8 +85,12 @@ class DynamicRank:
 
     In a loop of one's own, once an optimizer step, after its last backward::
 
-        ranks = DynamicRank(model, optimizer, total_steps=n)
+        ranks = DynamicRank(model, optimizer, total_steps=n, headroom=2)
         loss.backward(); ranks.step(); optimizer.step(); optimizer.zero_grad()
+
+    `headroom` is how many components more every module may grow to; with none a module takes back
+    only what it lost. It is made here, so before the optimizer has stepped and before accelerate or
+    DistributedDataParallel gets the model. With a `plan` the budget and first ranks are the plan's.
 
     Gradients may be clipped and scaled (GradScaler) before or after; steps that a loss scaler skips
     are not looked at. The learning rate and its schedule are not touched.
@@ -87,8 +100,9 @@ class DynamicRank:
         history: every reallocation so far.
 
     Raises:
-        ModelError: the model has no LoRA adapter.
-        TrainingError: the optimizer does not train the factors, or total_steps < 1.
+        ModelError: the model has no LoRA adapter, or not the plan's.
+        TrainingError: the optimizer does not train the factors, total_steps < 1, or it is too late
+            for headroom.
     """
 
     def __init__(
@@ -99,11 +113,17 @@ class DynamicRank:
         plan: RankPlan | None = None,
         schedule: RankSchedule | None = None,
         seed: int = 0,
+        headroom: int = 0,
     ) -> None:
         if total_steps < 1:
             raise TrainingError(
                 f"total_steps = {total_steps}: dynamic ranks need to know the length."
             )
+        if plan is not None:
+            check_adapts(model, plan)
+        if headroom:
+            require_early(model, optimizer)
+            add_headroom(model, headroom)
         self.model, self.modules = model, lora_modules(model)
         self.optimizer, self.seed = optimizer, seed
         self._understood = self._drifts = False
@@ -111,11 +131,13 @@ class DynamicRank:
         self.moves_at = self.schedule.steps(total_steps)
         self.taken = 0
         self.history: list[Reallocation] = []
-        _check_trained(self.modules, optimizer)
+        check_trains(self.modules, optimizer)
         ranks = plan.adapted if plan is not None else active_ranks(model)
         self.planned = {m.name: ranks.get(m.name, 0) for m in self.modules}
         self.observer = Observer(self.modules)
         self._idle = self._pruned()
+        if not any(map(len, self._idle.values())):
+            logger.warning("No module has room to grow: give DynamicRank some headroom.")
 
     @property
     def budget(self) -> int:
@@ -318,18 +340,3 @@ class DynamicRank:
     def _generator(self, module: LoraModule, component: int) -> torch.Generator:
         text = f"{self.seed}/{self.taken}/{module.name}/{component}"
         return torch.Generator().manual_seed(zlib.crc32(text.encode()))
-
-
-def _check_trained(modules: list[LoraModule], optimizer: Optimizer) -> None:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        m.name
-        for m in modules
-        if not all(id(f.weight) in trained or in_pieces(f.weight) for f in (m.a, m.b))
-    ]
-    if missing:
-        raise TrainingError(
-            f"The optimizer does not train the LoRA factors of {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ": make the optimizer after get_peft_model, over the trainable parameters."
-        )

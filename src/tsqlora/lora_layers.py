@@ -303,6 +303,25 @@ def _forget_peft(model: nn.Module) -> None:
             delattr(model, attribute)
 
 
+def is_fresh(model: nn.Module) -> bool:
+    """Whether the model's LoRA adapter has learnt nothing yet: A or B is 0 in every module."""
+    pairs = (
+        pair
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for pair in (
+            *zip(layer.lora_A.values(), layer.lora_B.values(), strict=True),
+            *zip(layer.lora_embedding_A.values(), layer.lora_embedding_B.values(), strict=True),
+        )
+    )
+    return all(any(map(_is_zero, pair)) for pair in pairs)
+
+
+def _is_zero(factor: Any) -> bool:
+    weight = getattr(factor, "weight", factor)  # of an embedding the factor is the tensor itself
+    return weight.device.type != "meta" and not weight.any()
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every trainable tensor by its full name: factors and modules_to_save."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -13,7 +13,7 @@ when it is quantised again (bitsandbytes 0.50 on a CPU): there slices are zeroed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tsqlora.errors import TrainingError
+from tsqlora.lora_layers import LoraModule
 from tsqlora.sharded import set_slices, whole
 from tsqlora.zero import Piece, in_pieces, pieces_of_state
 
@@ -47,6 +48,26 @@ def _unwrapped(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def check_trains(modules: Sequence[LoraModule], optimizer: Optimizer) -> None:
+    """Check that the optimizer was made over the factors.
+
+    Raises:
+        TrainingError: naming one that it does not train.
+    """
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        m.name
+        for m in modules
+        if not all(id(f.weight) in trained or in_pieces(f.weight) for f in (m.a, m.b))
+    ]
+    if missing:
+        raise TrainingError(
+            f"The optimizer does not train the LoRA factors of {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ": make the optimizer after get_peft_model, over the trainable parameters."
+        )
 
 
 def check_understood(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:

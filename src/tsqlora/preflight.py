@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from tsqlora import processes
 from tsqlora.allocation import check_ranks
-from tsqlora.batches import Collator, Pool, evaluating, try_out
+from tsqlora.batches import Collator, Pool, evaluating
 from tsqlora.config import RunConfig
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.inputs import Splits
@@ -26,6 +26,7 @@ from tsqlora.recording import Recorder, sample_weights, summed_loss
 from tsqlora.selection import draw_size
 from tsqlora.starting import initial_adapter
 from tsqlora.training import training_arguments
+from tsqlora.trials import try_out
 from tsqlora.zero_settings import deepspeed_settings
 
 

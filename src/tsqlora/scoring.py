@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,23 +15,20 @@ from datasets import Dataset
 from torch import nn
 
 from tsqlora import processes
-from tsqlora.adaptation import FEW, Adaptation, adapt_briefly
 from tsqlora.artefacts import atomic_write_json, digest, read_json
 from tsqlora.batches import (
     Collator,
     Pool,
     evaluating,
     progress,
-    require_samples,
-    unwrapped,
 )
 from tsqlora.calibration import drawn_whole, measured_whole
 from tsqlora.collected import kin, numbers, predictions
 from tsqlora.columns import blocks_of, column, release
 from tsqlora.config import QualityConfig, QualityWeights
+from tsqlora.data import numbered
 from tsqlora.errors import DataError
 from tsqlora.fitting import fitting_batch_size
-from tsqlora.lora_layers import has_lora, temporary_adapter
 from tsqlora.losses import CLASSIFICATION, infer_kind
 from tsqlora.measuring import Columns, Direction, Meter, Wanted
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
@@ -40,8 +37,6 @@ from tsqlora.per_sample_grads import PROBED
 from tsqlora.quality import Measurements, QualityScores, quality_scores
 from tsqlora.selection import drawn
 
-ADAPTED = 32
-"""Samples a step of the brief adaptation where no batch size is given."""
 PART = 16
 """Batches a part: what an interruption loses at most."""
 MOST_SUMS = 64
@@ -283,56 +278,10 @@ class Scorer:
         return [(REFERENCE, reference), (POOL, dataset)]
 
 
-def score_samples(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    quality: QualityConfig | None = None,
-    reference: Dataset | None = None,
-    learning_rate: float = 1e-3,
-    batch_size: int | None = None,
-    seed: int = 0,
-) -> QualityScores:
-    """The quality of every row of `dataset` under `model` (TsqLoRA §3; formulas in `quality.py`).
-
-    A model without adapters gets temporary ones, briefly adapted (`quality.adapt_steps` steps, 100
-    where that is None) and removed after, its weights untouched; a model with LoRA adapters is
-    scored as it is. `reference` holds trusted samples. `ids` are the column `id` where there is
-    one, else the row numbers. Batches take as much memory as `batch_size` of the longest samples,
-    by default as many as fit and pay, found by trial, and are halved when memory runs out. Under
-    `torch.autocast` forwards run in its precision. What is measured waits in a temporary folder,
-    about 8 kB a sample, or far less where a `reference` is known.
-
-    Raises:
-        ModelError: the model's kind or a layer's kind is not supported.
-        DataError: there is no row, or the batches hold no labels.
-        TrainingError: losses or gradients are not finite.
-    """
-    scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
-    model = unwrapped(model)
-    require_samples(model, dataset, collator)
-    with ExitStack() as stack:
-        adapted, device = model, next(model.parameters()).device
-        if not has_lora(model):
-            stack.callback(_back_to, model, device)
-            adapted = stack.enter_context(temporary_adapter(model, infer_kind(model)))
-            steps = scorer.quality.adapt_steps
-            steps = FEW if steps is None else steps
-            adaptation = Adaptation(steps, learning_rate, batch_size or ADAPTED, seed)
-            adapt_briefly(adapted, dataset, collator, adaptation)
-        return scorer.score(adapted, dataset, reference)
-
-
-def _back_to(model: nn.Module, device: torch.device) -> None:
-    """The adaptation's Trainer may have moved it to an accelerator."""
-    if next(model.parameters()).device != device:
-        model.to(device)
-
-
 def _ids(dataset: Dataset) -> np.ndarray:
-    found = column(len(dataset), np.int64)
-    named = "id" in dataset.column_names
-    arrow = dataset.select_columns("id").with_format("arrow") if named else None
-    for rows in blocks_of(len(dataset)):  # Python's own would take their time, and memory
-        found[rows] = np.arange(rows.start, rows.stop) if arrow is None else arrow[rows]["id"]
+    found = numbered(dataset)
+    if found is None:
+        found = column(len(dataset), np.int64)
+        for rows in blocks_of(len(dataset)):
+            found[rows] = np.arange(rows.start, rows.stop)
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from tsqlora import processes
 from tsqlora.columns import blocks_of, column, copied, in_python
-from tsqlora.errors import DataError
+from tsqlora.data import numbered
+from tsqlora.errors import ConfigError, DataError, TrainingError
 from tsqlora.quality import QualityScores
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import Trainer
 
 
 def draw_size(samples: int, fraction: float) -> int:
@@ -87,12 +91,29 @@ def select_samples(
     Raises:
         DataError: the scores are of a pool of another size, or the fraction is outside (0, 1].
     """
-    if len(dataset) != len(scores.ids):
-        raise DataError(
-            f"The data set has {len(dataset)} rows but the scores are of {len(scores.ids)} "
-            "samples: score this data set."
-        )
+    require_own_scores(dataset, scores.ids)
     return dataset.select(np.flatnonzero(drawn(scores.probability, fraction, seed)))
+
+
+def require_own_scores(dataset: Any, ids: NDArray[np.integer]) -> None:
+    """Check that scores of samples `ids` are those of `dataset`, as far as can be told.
+
+    Raises:
+        DataError: it has another number of rows, or its column `id` names others.
+    """
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    if rows != len(ids):
+        raise DataError(
+            f"The data set has {'no length' if rows is None else f'{rows} rows'} but the scores "
+            f"are of {len(ids)} samples: score this data set."
+        )
+    own = numbered(dataset)
+    if own is not None and not np.array_equal(own, ids):
+        first = int(np.flatnonzero(own != ids)[0])
+        raise DataError(
+            f"Row {first} of the data set has id {own[first]}, but the scores there are of sample "
+            f"{ids[first]}: score this data set, and neither sort nor filter it after."
+        )
 
 
 def unscored(ids: NDArray[np.integer], fraction: float, seed: int, verdict: str) -> QualityScores:
@@ -117,24 +138,56 @@ def unscored(ids: NDArray[np.integer], fraction: float, seed: int, verdict: str)
 class QualitySampler(Sampler[int]):
     """A torch Sampler that draws ⌈fraction·N⌉ positions afresh each epoch by `scores.probability`.
 
-    Give it to a DataLoader, or return it from `Trainer._get_train_sampler`. The draw depends on
-    (seed, epoch) alone; the Trainer calls `set_epoch`, in a loop of one's own call it yourself.
+    `DataLoader(rows, sampler=QualitySampler(scores))`, or `QualitySampler(scores).attach(trainer)`.
+    The draw depends on (seed, epoch) alone. The Trainer and accelerate call `set_epoch`; iterated
+    again without that, the sampler goes on to the next epoch.
+
+    Raises:
+        DataError: the fraction is outside (0, 1].
     """
 
     def __init__(self, scores: QualityScores, fraction: float = 0.5, seed: int = 0) -> None:
-        self.probability, self.fraction, self.seed, self.epoch = (
-            scores.probability,
-            fraction,
-            seed,
-            0,
-        )
+        self.ids, self.probability = scores.ids, scores.probability
+        self.fraction, self.seed, self.epoch = fraction, seed, 0
         self._size = draw_size(len(scores.ids), fraction)
+        self._begun = False
+
+    def attach(self, trainer: Trainer) -> None:
+        """Let a Trainer, or one of its kind such as TRL's SFTTrainer, train on these draws.
+
+        To be called before `train()`. The scores have to be of `trainer.train_dataset`, which is
+        not always what the Trainer was given: SFTTrainer drops, cuts and may shuffle rows.
+
+        Raises:
+            DataError: the scores are of other rows, or the Trainer packs samples together.
+            ConfigError: its arguments ask for another order.
+            TrainingError: the processes' scores differ.
+        """
+        if getattr(trainer.args, "packing", False):
+            raise DataError(
+                "packing=True puts several samples into one row, so none can be drawn by its own "
+                "quality: set packing=False, and score trainer.train_dataset then."
+            )
+        strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+        if strategy != "random":
+            raise ConfigError(
+                f"train_sampling_strategy = {strategy} orders the samples, which QualitySampler "
+                "does: leave it out."
+            )
+        require_own_scores(trainer.train_dataset, self.ids)
+        if len(set(processes.gather(zlib.crc32(self.probability.tobytes())))) > 1:
+            raise TrainingError(
+                "The processes hold different scores, so they would draw different samples: call "
+                "score_samples(..., together=True) in all of them."
+            )
+        trainer._get_train_sampler = lambda *_: self  # type: ignore[method-assign]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's draw the next iteration gives."""
-        self.epoch = epoch
+        self.epoch, self._begun = epoch, False
 
     def __iter__(self) -> Iterator[int]:
+        self.epoch, self._begun = self.epoch + self._begun, True
         return in_python(draw(self.probability, self.fraction, self.seed, self.epoch))
 
     def __len__(self) -> int:

@@ -28,7 +28,6 @@ from tsqlora.batches import (
     evaluating,
     forward_losses,
     progress,
-    require_samples,
     singly,
     subset,
     unwrapped,
@@ -39,6 +38,7 @@ from tsqlora.hooks import SampleTaps, SharedInput, frozen
 from tsqlora.lora_layers import LoraModule, base_weight, has_lora, lora_modules, temporary_adapter
 from tsqlora.losses import infer_kind
 from tsqlora.per_sample_grads import separable
+from tsqlora.trials import require_samples
 
 WEIGHT_GRADIENT, FISHER, HESSIAN = "weight_gradient", "fisher", "hessian"
 
