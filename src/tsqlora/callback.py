@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.adapter import add_headroom, set_physical_ranks
+from tsqlora.adapter import add_headroom, check_adapts, set_physical_ranks
 from tsqlora.allocation import RankPlan
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
@@ -37,7 +37,7 @@ class DynamicRankCallback(TrainerCallback):
         on_moves: called with all reallocations so far whenever there is a new one, and on resume.
 
     Raises:
-        ModelError: the model has no LoRA adapter.
+        ModelError: the model has no LoRA adapter, or not the plan's.
         TrainingError: added after the Trainer was built, or never called while training.
     """
 
@@ -62,6 +62,8 @@ class DynamicRankCallback(TrainerCallback):
         """Make room, before any optimizer or data-parallel wrapper sees the parameters."""
         model: nn.Module = kwargs["model"]
         lora_modules(model)
+        if self.plan is not None:
+            check_adapts(model, self.plan)
         if self.resume_from is None:
             add_headroom(model, self.headroom)
         else:
