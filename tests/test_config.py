@@ -248,7 +248,11 @@ BAD = [
     ("adapter.dropout", 1, "adapter.dropout must be a number of at least 0 and below 1, not 1"),
     ("adapter.target_modules", [], "adapter.target_modules must be text or a list (text), not []"),
     ("data.max_length", 0, "data.max_length must be a whole number of at least 1, not 0"),
-    ("data.validation", 1.0, "data.validation must be text, a number above 0 and below 1 or null"),
+    (
+        "data.validation",
+        1.0,
+        "data.validation must be text, a list (text), a number above 0 and below 1 or null",
+    ),
     ("data.text", ["a", "b", "c"], "data.text must be text, a list (2 times text) or null"),
     ("data.text", {"question": None}, "not {'question': None}"),
     ("data.text", None, "data.text is required: a column, a pair of columns or a template"),

@@ -311,7 +311,9 @@ def test_a_bad_file_is_located(tmp_path: Path, name: str, content: bytes, messag
         ("./folder", "there is no file ./folder"),
         ("no-such-data-set", "there is no file or folder no-such-data-set, and the hub gives no"),
         ("glue:sst2:train", "Check the name and the network, or give a local file."),
-        ("a:b:c:d", "for the hub write name[:config[:split]]"),
+        ("a:b:c:d", "for the hub write name[:config[:split]] or name:config[split]"),
+        ("glue:sst2[train[:10]]", "the hub gives no data set of that name"),
+        ("part-[0-9].jsonl", "there is no file part-[0-9].jsonl"),
     ],
 )
 def test_a_source_that_is_not_there_is_named(source: str, message: str) -> None:
@@ -351,7 +353,7 @@ def test_a_folder_of_splits_gives_the_one_its_field_asks_for(
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path)
     assert len(load_dataset(str(tmp_path), "data.test")) == len(ROWS), "the only split will do"
-    with pytest.raises(DataError, match=r"has no split dev\. Write .*:SPLIT with one of train\."):
+    with pytest.raises(DataError, match=r"has no split dev\. Write .*:SPLIT with one of train, or"):
         load_dataset(f"{tmp_path}:dev", "data.test")
 
 
@@ -362,7 +364,7 @@ def test_streaming_is_refused() -> None:
         lambda: dataset_fingerprint(stream),
         lambda: require_columns(stream, ["text"], "data.train"),
     ):
-        with pytest.raises(DataError, match="load without streaming"):
+        with pytest.raises(DataError, match="Load it without streaming"):
             use()
 
 

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 # Each module imports only modules that stand before it.
 ORDER = [
     "errors", "schema", "config", "artefacts", "seals", "interruption", "claims",
-    "processes", "checkpoints", "columns", "mapped", "table_files", "data",
+    "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data",
     "losses", "quantized", "batches", "trials", "heads", "loading", "encoding", "encoded",
     "labels", "base_task", "tasks", "generation", "metrics",
     "hooks", "targets", "lora_layers", "factors", "experts",

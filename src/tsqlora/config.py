@@ -41,6 +41,7 @@ _NOT_EMPTY = Rule("", bool)
 _Name = Annotated[str, _NOT_EMPTY]
 _Names = Annotated[tuple[_Name, ...], _NOT_EMPTY]
 _Path = Annotated[str, _NOT_EMPTY, os.path.expanduser]
+_Sources = _Path | Annotated[tuple[_Path, ...], _NOT_EMPTY]
 _Share = Annotated[float, Rule(" above 0 and at most 1", lambda x: 0 < x <= 1)]
 _Part = Annotated[float, Rule(" above 0 and below 1", lambda x: 0 < x < 1)]
 _Dropout = Annotated[float, Rule(" of at least 0 and below 1", lambda x: 0 <= x < 1)]
@@ -55,15 +56,16 @@ _Seed = Annotated[int, Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
 class DataConfig:
     """Where the samples are, and which columns hold the input and the target.
 
-    `train`, `validation` and `test` are sources as `tsqlora.data.load_dataset` takes them;
-    `validation` may be a fraction of train. `text` is a column, a pair of columns or a template,
+    `train`, `validation` and `test` are sources as `tsqlora.data.load_dataset` takes them: files,
+    globs, saved folders, `name:config[split]` of the hub, or a list of these. `validation` may be a
+    fraction of train. `text` is a column, a pair of columns or a template,
     `target` a column or template, `messages` the column of a chat. `max_length` is in tokens. Of a
     larger train at most `max_train_samples` rows are taken, drawn by the run's seed.
     """
 
-    train: _Path
-    validation: _Path | _Part | None = None
-    test: _Path | None = None
+    train: _Sources
+    validation: _Sources | _Part | None = None
+    test: _Sources | None = None
     text: _Name | tuple[_Name, _Name] | None = None
     target: _Name | None = None
     messages: _Name | None = None

@@ -1,52 +1,48 @@
-"""Data sets from files, saved folders and the hub, every row with a stable id, and rows as text.
-
-Files are read into memory and nothing is written beside them.
-"""
+"""Data sets of sources, every row with a stable id, and rows as text."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, IterableDatasetDict, Value
 from numpy.typing import NDArray
 
 from tsqlora.columns import blocks_of, column
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.mapped import as_dataset
-from tsqlora.table_files import READERS, read_tables
+from tsqlora.sources import Source, load_source, said
 
 _SPLITS = {"data.train": "train", "data.validation": "validation", "data.test": "test"}
 
 
-def load_dataset(source: str, where: str) -> Dataset:
+def load_dataset(source: Source, where: str) -> Dataset:
     """The data set that `source` names, in memory, with an int64 column `id`.
 
     `source` is a path or glob of .jsonl, .json, .csv, .tsv or .parquet files, a folder saved by
-    `datasets` (`folder:split` where it holds several), or a hub data set `name[:config[:split]]`.
-    Of several splits the one that `where`, the field of the configuration, asks for is taken.
-    `id` is the number of the row in what was loaded, from 0; a column `id` of the data is `id_`.
+    `datasets`, or a hub data set `name[:config]`, or a list of these, one after the other. Of a
+    folder or hub data set with several splits the one that `where`, the field of the
+    configuration, asks for is taken, unless one is named: `name:config:train`, or in brackets with
+    the slices of `datasets`: `name:config[train[:10%]+validation]`. A column of records becomes one
+    of each of its fields: `translation.en`. `id` is the number of the row in what was loaded, from
+    0; a column `id` of the data is `id_`.
 
     Raises:
         DataError: there is nothing there, or something in it cannot be read; with file and line.
     """
     try:
-        dataset = _load(os.path.expanduser(source), _SPLITS.get(where))
+        dataset = load_source(source, _SPLITS.get(where))
         if not len(dataset):
-            raise DataError(f"{source} holds no rows. Fill it or name another.")
-        return _with_ids(dataset)
+            raise DataError(f"{said(source)} holds no rows. Fill it or name another.")
+        return _with_ids(dataset.flatten())
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
@@ -162,10 +158,15 @@ def require_map_style(dataset: Any, where: str) -> None:
     Raises:
         DataError: it is something else.
     """
+    if isinstance(dataset, IterableDataset | IterableDatasetDict):
+        raise DataError(
+            f"{where}: a streamed data set has no row numbers, which scores and draws are kept by. "
+            "Load it without streaming: files larger than memory are read through mapped files."
+        )
     if not isinstance(dataset, Dataset):
         raise DataError(
             f"{where}: expected a datasets.Dataset, not {type(dataset).__name__}. Choose a split "
-            "of several, load without streaming, or make one by Dataset.from_list."
+            "of several, or make one by Dataset.from_list."
         )
 
 
@@ -197,70 +198,3 @@ def _with_ids(dataset: Dataset) -> Dataset:
     table = dataset.with_format("arrow")[:].append_column("id", pa.array(numbers))
     features = Features({**dataset.features, "id": Value("int64")})
     return as_dataset(table, DatasetInfo(features=features))
-
-
-def _load(source: str, split: str | None) -> Dataset:
-    folder, _, named_split = source.rpartition(":")
-    if os.path.isdir(source):
-        return _load_saved(source, split)
-    if folder and os.path.isdir(folder):
-        return _load_saved(folder, named_split, asked=True)
-    files = [source] if os.path.isfile(source) else _matches(source)
-    if files:
-        return _typed(source, read_tables(files))
-    parts = source.split(":")
-    looks_like_path = source.startswith((".", os.sep)) or source.count(os.sep) > 1
-    if looks_like_path or Path(source).suffix.lower() in READERS or glob.has_magic(source):
-        raise DataError(f"there is no file {source} (from {os.getcwd()}). Check the path.")
-    if len(parts) > 3 or not parts[0]:
-        raise DataError(f"{source} is no file; for the hub write name[:config[:split]].")
-    return _load_hub(source, parts[0], parts[1:], split)
-
-
-def _typed(source: str, table: pa.Table) -> Dataset:
-    try:
-        return as_dataset(table)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise DataError(f"{source} has a column that datasets cannot hold: {error}") from None
-
-
-def _matches(pattern: str) -> list[str]:
-    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-
-
-def _load_saved(folder: str, split: str | None, asked: bool = False) -> Dataset:
-    try:
-        loaded = datasets.load_from_disk(folder)
-    except (OSError, ValueError, KeyError, pa.ArrowException):
-        raise DataError(
-            f"{folder} is a folder, but not one saved by datasets (save_to_disk) that can be read. "
-            f"For the files in it write a glob such as {os.path.join(folder, '*.jsonl')}."
-        ) from None
-    return _choose_split(loaded, folder, split, asked)
-
-
-def _load_hub(source: str, name: str, rest: Sequence[str], split: str | None) -> Dataset:
-    config, asked = [*rest, "", ""][:2]
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:  # whatever the hub's clients raise, the user can only check these
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"there is no file or folder {source}, and the hub gives no data set of that name: "
-            f"{reason}. Check the name and the network, or give a local file."
-        ) from None
-    return _choose_split(loaded, source, asked or split, bool(asked))
-
-
-def _choose_split(loaded: Any, source: str, split: str | None, asked: bool) -> Dataset:
-    """The data set itself, or the wanted split of several; a single one needs no name."""
-    if isinstance(loaded, Dataset) and not asked:
-        return loaded
-    names = list(loaded) if isinstance(loaded, DatasetDict) else []
-    if split in names:
-        return loaded[split]
-    if len(names) == 1 and not asked:
-        return loaded[names[0]]
-    base = source.removesuffix(f":{split}")
-    remedy = f"Write {base}:SPLIT with one of {', '.join(names)}" if names else f"Write {base}"
-    raise DataError(f"{source} has no split {split or 'of its own'}. {remedy}.")

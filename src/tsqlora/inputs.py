@@ -78,7 +78,7 @@ class Inputs:
         """The data sets as loaded, by split."""
         data, reference = self.config.data, self.config.quality.reference
         splits = {"train": load_dataset(data.train, "data.train")}
-        if isinstance(data.validation, str):
+        if isinstance(data.validation, str | tuple):
             splits["validation"] = load_dataset(data.validation, "data.validation")
         elif data.validation is not None:
             parts = split_validation(splits["train"], data.validation, self.config.seed)

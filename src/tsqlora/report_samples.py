@@ -181,12 +181,13 @@ def _shares(scores: QualityScores, classes: dict[int, str]) -> list[Share]:
 def _texts(config: RunConfig, ids: list[int]) -> _Texts:
     """What the training data says about the samples `ids`; nothing, and why, if it is gone."""
     from tsqlora.data import load_dataset
+    from tsqlora.sources import said
 
     try:
         dataset = load_dataset(config.data.train, "data.train")
         if ids and max(ids) >= len(dataset):
             raise DataError(
-                f"data.train: {config.data.train} has fewer rows than when it was scored."
+                f"data.train: {said(config.data.train)} has fewer rows than when it was scored."
             )
         features = dataset.features
         shown = {int(row["id"]): _said(row, config.data, features) for row in dataset.select(ids)}
