@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 # Each module imports only modules that stand before it.
 ORDER = [
     "errors", "schema", "config", "artefacts", "seals", "interruption", "claims",
-    "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data",
+    "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data", "looking",
     "losses", "quantized", "batches", "trials", "heads", "loading", "encoding", "encoded",
     "labels", "base_task", "tasks", "generation", "metrics",
     "hooks", "targets", "lora_layers", "factors", "experts",
@@ -34,7 +34,7 @@ ORDER = [
     "inputs", "preflight",
     "model_card", "finished", "baseline",
     "figures", "report_ranks", "report_samples", "report", "pipeline",
-    "demo_data", "demo", "cli", "__main__",
+    "packaged", "seeing", "first_config", "demo_data", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = {

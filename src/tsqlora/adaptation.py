@@ -93,7 +93,7 @@ class Adaptation:
             max_steps=self.steps,
             learning_rate=self.learning_rate,
             per_device_train_batch_size=self.batch_size,
-            warmup_steps=max(1, self.steps // 10),
+            warmup_steps=min(max(1, self.steps // 10), self.steps - 1),
             seed=self.seed,
             save_strategy="steps" if saving else "no",
             save_steps=save_steps,

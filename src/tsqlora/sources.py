@@ -23,6 +23,9 @@ from tsqlora.table_files import READERS, read_tables
 Source = str | Sequence[str]
 """One source, or several whose rows follow one another."""
 
+BESIDE = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
+"""What the splits for validation and test may be called."""
+
 
 def load_source(source: Source, split: str | None) -> Dataset:
     """The rows of `source`; where it holds several splits and names none, those of `split`.
@@ -61,6 +64,37 @@ def source_files(source: str) -> list[str]:
     return sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
 
 
+def beside(source: str) -> dict[str, str]:
+    """Sources of validation and test beside a training file, or among a data set's splits.
+
+    A file with `train` in its name is looked for under the names in `BESIDE` in its place.
+    """
+    source = os.path.expanduser(source)
+    if os.path.isfile(source):
+        stem = Path(source).stem
+        named = {
+            name: str(
+                Path(source).with_name(re.sub("train(ing)?", name, stem) + Path(source).suffix)
+            )
+            for names in BESIDE.values()
+            for name in names
+        }
+        there = [name for name, path in named.items() if path != source and os.path.isfile(path)]
+    elif source_files(source) or _parts(source)[1] is not None:
+        return {}
+    else:
+        loaded = _load_saved(source) if os.path.isdir(source) else _load_hub(source, source)
+        there = (
+            [name for name in loaded if name != "train"] if isinstance(loaded, DatasetDict) else []
+        )
+        named = {name: f"{source}[{name}]" for name in there}
+    found = {}
+    for split, names in BESIDE.items():
+        if first := [named[name] for name in names if name in there]:
+            found[split] = first[0]
+    return found
+
+
 def _load(source: str, split: str | None) -> Dataset:
     name, asked = _parts(source)
     if os.path.isdir(name):
@@ -70,12 +104,7 @@ def _load(source: str, split: str | None) -> Dataset:
         raise DataError(f"there is no file {name} (from {os.getcwd()}). Check the path.")
     if asked is None and name.count(":") == 2:
         name, _, asked = name.rpartition(":")
-    hub, _, config = name.partition(":")
-    if ":" in config or not hub:
-        raise DataError(
-            f"{source} is no file; for the hub write name[:config[:split]] or name:config[split]."
-        )
-    return _choose_split(_load_hub(source, hub, config), name, asked, split)
+    return _choose_split(_load_hub(source, name), name, asked, split)
 
 
 def _parts(source: str) -> tuple[str, str | None]:
@@ -100,9 +129,14 @@ def _load_saved(folder: str) -> Any:
         ) from None
 
 
-def _load_hub(source: str, name: str, config: str) -> Any:
+def _load_hub(source: str, name: str) -> Any:
+    hub, _, config = name.partition(":")
+    if ":" in config or not hub:
+        raise DataError(
+            f"{source} is no file; for the hub write name[:config[:split]] or name:config[split]."
+        )
     try:
-        return datasets.load_dataset(name, config or None)
+        return datasets.load_dataset(hub, config or None)
     except Exception as error:  # whatever the hub's clients raise, the user can only check these
         raise DataError(
             f"there is no file or folder {source}, and the hub gives no data set of that name: "

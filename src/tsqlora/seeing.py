@@ -1,0 +1,236 @@
+"""A look at a data set, and what a configuration for it needs: columns, lengths, model, splits."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from tsqlora.data import load_dataset, render, require_columns, spec_columns
+from tsqlora.errors import DataError
+from tsqlora.labels import class_names
+from tsqlora.loading import load_tokenizer
+from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look
+from tsqlora.packaged import NAME, default_encoder
+from tsqlora.sources import Source, beside, listed
+
+TOKENS_A_WORD = 1.5
+"""Where no tokenizer is at hand, of words and numbers in English."""
+CHARACTERS_A_TOKEN = 3.0
+"""The same for text without spaces between words."""
+COVERED = 0.99
+"""Share of the rows that fit `max_length` whole."""
+MANY = 20_000
+"""Rows from which a larger model is worth its time."""
+TENTH = 100
+"""Rows from which a tenth is enough for validation; of fewer a fifth is taken."""
+MODELS: Mapping[str, tuple[str, str, str]] = {
+    "classification": (NAME, "answerdotai/ModernBERT-base", "FacebookAI/xlm-roberta-base"),
+    "regression": (NAME, "answerdotai/ModernBERT-base", "FacebookAI/xlm-roberta-base"),
+    "seq2seq": ("google/flan-t5-small", "google/flan-t5-base", "google/flan-t5-small"),
+    "causal-lm": ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+}
+"""For few rows, for many, and for text that is mostly not in the Latin script."""
+INSTRUCTED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
+"""For chats, which need a chat template."""
+LONGEST = {"classification": 512, "regression": 512, "seq2seq": 1024, "causal-lm": 2048}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of a data set and chosen for it; `notes` are what a person should know."""
+
+    source: Source
+    rows: int
+    columns: Sequence[Column]
+    chosen: Chosen
+    classes: tuple[str, ...]
+    model: str
+    lengths: tuple[int, int, int]
+    counted: str
+    validation: str | float | None
+    test: str | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def max_length(self) -> int:
+        """The 99th percentile of the lengths, rounded up to a multiple of 8."""
+        return min(max(16, 8 * math.ceil(self.lengths[1] / 8)), LONGEST[self.chosen.task])
+
+    @property
+    def name(self) -> str:
+        """A short name of the data set, for files."""
+        first = re.split(r"[:\[]", listed(self.source)[0])[0].rstrip("/")
+        return re.sub(r"[^\w.-]+", "-", Path(first).stem).strip("-.") or "data"
+
+    def summary(self) -> dict[str, Any]:
+        """For a person, and as JSON."""
+        middle, high, most = self.lengths
+        return {
+            "rows": self.rows,
+            "columns": {column.name: str(column) for column in self.columns},
+            "task": self.chosen.task,
+            **self.chosen.data,
+            "why": self.chosen.why,
+            **({"other candidates": list(self.chosen.others)} if self.chosen.others else {}),
+            **({"classes": len(self.classes)} if self.classes else {}),
+            self.counted: f"half up to {middle}, 99 in 100 up to {high}, the longest {most}",
+            "max_length": self.max_length,
+            "model": self.model,
+            "validation": self.validation,
+            **({"test": self.test} if self.test else {}),
+            **({"note": " ".join(self.notes)} if self.notes else {}),
+        }
+
+
+def see(
+    source: Source,
+    task: str | None = None,
+    text: str | Sequence[str] | None = None,
+    target: str | None = None,
+    model: str | None = None,
+) -> Seen:
+    """Look at a data set and choose for it what a configuration needs; what is given stays.
+
+    Raises:
+        DataError: it cannot be read, or holds nothing that can be trained on.
+        ModelError: the tokenizer of a `model` that was given cannot be loaded.
+    """
+    dataset = load_dataset(source, "data.train")
+    columns = look(dataset)
+    chosen = choose_columns(columns, task, text, target)
+    seen_rows = dataset.select(
+        np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int))
+    )
+    texts = _texts(seen_rows, chosen)
+    suggested = model or _suggested(chosen, len(dataset), texts)
+    lengths, counted = _lengths(texts, suggested, model is not None, chosen.task)
+    notes = _notes(columns, chosen, dataset)
+    if suggested in MODELS["seq2seq"] and _foreign(texts):
+        notes.append(f"{suggested} knows the Latin script best: set a model of your language.")
+    validation, test = _splits(source, len(dataset), chosen, notes)
+    classes: tuple[str, ...] = ()
+    if chosen.task == "classification":
+        classes = class_names(dataset, chosen.data["target"], "data.train")
+    return Seen(
+        source, len(dataset), columns, chosen, classes, suggested, lengths, counted,
+        validation, test, notes,
+    )  # fmt: skip
+
+
+def _texts(rows: Dataset, chosen: Chosen) -> list[tuple[str, str]]:
+    """(input, target to write) of the rows that have both, as text."""
+    if "messages" in chosen.data:
+        column = rows[chosen.data["messages"]][:]
+        return [(" ".join(str(turn.get("content")) for turn in chat), "") for chat in column]
+    text, target = chosen.data["text"], chosen.data.get("target")
+    require_columns(rows, _used(chosen), "data.train")
+    specs = [text] if isinstance(text, str) else list(text)
+    written = [target] if target and chosen.task in ("seq2seq", "causal-lm") else []
+    found = []
+    for row in rows:
+        with suppress(DataError):  # a note says that values are missing
+            answer = "".join(render(row, spec) for spec in written)
+            found.append((" ".join(render(row, spec) for spec in specs), answer))
+    return found or [("", "")]
+
+
+def _suggested(chosen: Chosen, rows: int, texts: Sequence[tuple[str, str]]) -> str:
+    few, many, other_script = MODELS[chosen.task]
+    if "messages" in chosen.data:
+        return INSTRUCTED[rows >= MANY]
+    if _foreign(texts):
+        return other_script
+    suggested = many if rows >= MANY else few
+    return default_encoder() if suggested == NAME else suggested
+
+
+def _foreign(texts: Sequence[tuple[str, str]]) -> bool:
+    """Whether three letters in ten are of another script than Latin."""
+    letters = [x for text, target in texts[:200] for x in text + target if x.isalpha()]
+    return sum(ord(letter) > 0x24F for letter in letters) > 0.3 * max(1, len(letters))
+
+
+def _lengths(
+    texts: Sequence[tuple[str, str]], model: str, given: bool, task: str
+) -> tuple[tuple[int, int, int], str]:
+    """The middle, 99th percentile and longest length, in the model's tokens where it is here."""
+    both = [text + target if task == "causal-lm" else text for text, target in texts]
+    others = [target for _, target in texts] if task == "seq2seq" else []
+    counted = "tokens"
+    if given or Path(model).is_dir():
+        tokenizer = load_tokenizer(model, "model")
+        counts = [len(ids) for ids in tokenizer(both, verbose=False)["input_ids"]]
+        if others:
+            written = tokenizer(text_target=others, verbose=False)["input_ids"]
+            counts = np.maximum(counts, [len(ids) for ids in written]).tolist()
+        counts = [count + 1 for count in counts] if task == "causal-lm" else counts
+    else:
+        counts = [_guessed(text) for text in both]
+        counts = np.maximum(counts, [_guessed(text) for text in others or both]).tolist()
+        counted = "tokens, guessed from words"
+    middle, high = np.quantile(counts, [0.5, COVERED])
+    return (int(middle), math.ceil(high), int(max(counts))), counted
+
+
+def _guessed(text: str) -> int:
+    words = len(re.findall(r"\w+|[^\w\s]", text))
+    spaceless = len(text) / CHARACTERS_A_TOKEN if " " not in text.strip() else 0.0
+    return math.ceil(max(TOKENS_A_WORD * words, spaceless)) + 4
+
+
+def _splits(
+    source: Source, rows: int, chosen: Chosen, notes: list[str]
+) -> tuple[str | float | None, str | None]:
+    """The validation and test that lie beside the source, or a share of its rows."""
+    single = listed(source)
+    there = beside(single[0]) if len(single) == 1 else {}
+    usable = {}
+    for split, found in there.items():
+        if why := _unusable(found, f"data.{split}", chosen):
+            notes.append(f"{found} is not taken for {split}: {why}")
+        else:
+            usable[split] = found
+    fraction: float | None = 0.1 if rows >= TENTH else 0.2
+    if not 0 < round(0.2 * rows) < rows:
+        fraction = 0.5 if rows > 1 else None
+    return usable.get("validation", fraction), usable.get("test")
+
+
+def _unusable(source: str, where: str, chosen: Chosen) -> str:
+    """Why a split cannot be measured on, or nothing."""
+    try:
+        rows = load_dataset(source, where)
+        require_columns(rows, _used(chosen), where)
+    except DataError as error:
+        return str(error)
+    target = chosen.data.get("target")
+    if target in rows.column_names:
+        values = rows[target][:]
+        if None in values or (isinstance(rows.features[target], ClassLabel) and -1 in values):
+            return f"{target!r} is missing in some of its rows."
+    return ""
+
+
+def _used(chosen: Chosen) -> list[str]:
+    """The columns that the choice reads."""
+    specs = [chosen.data.get(key) for key in ("text", "target", "messages")]
+    flat = [s for spec in specs if spec for s in ([spec] if isinstance(spec, str) else spec)]
+    return list(dict.fromkeys(name for spec in flat for name in spec_columns(spec)))
+
+
+def _notes(columns: Sequence[Column], chosen: Chosen, dataset: Dataset) -> list[str]:
+    used = _used(chosen)
+    return [
+        f"{column.name!r} is missing in {column.missing} of {len(dataset)} rows: fill it in or "
+        "drop these rows before training, which stops at them."
+        for column in columns
+        if column.name in used and column.missing
+    ]

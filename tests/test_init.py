@@ -1,0 +1,225 @@
+"""`tsqlora init`: the columns it chooses, and that what it writes trains as it is."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from runs import write_rows
+from tiny_text import CHAT_TEMPLATE, save_bart, save_bert, save_llama
+from tsqlora.cli import main
+from tsqlora.config import RunConfig
+from tsqlora.data import load_dataset
+from tsqlora.errors import DataError
+from tsqlora.looking import choose_columns, look
+
+Rows = list[dict[str, Any]]
+WORDS = ("a good bad film is was the not very dull fine one two three red blue yes no").split()  # noqa: SIM905
+
+
+def said(chance: random.Random, words: int = 6) -> str:
+    return " ".join(chance.choices(WORDS, k=words))
+
+
+def labelled(chance: random.Random, i: int) -> dict[str, Any]:
+    return {"sentence": said(chance), "label": ("good", "bad")[i % 2], "note": said(chance, 2)}
+
+
+def rated(chance: random.Random, i: int) -> dict[str, Any]:
+    return {"sentence1": said(chance), "sentence2": said(chance), "score": chance.random()}
+
+
+def translated(chance: random.Random, i: int) -> dict[str, Any]:
+    return {"id": f"r{i}", "dialogue": said(chance, 9), "summary": said(chance, 3)}
+
+
+def instructed(chance: random.Random, i: int) -> dict[str, Any]:
+    topic = ("red", "blue")[i % 2]
+    return {
+        "instruction": said(chance),
+        "input": said(chance) * (i % 3 == 0),
+        "output": said(chance),
+        "category": topic,
+    }
+
+
+def chatted(chance: random.Random, i: int) -> dict[str, Any]:
+    turns = [("user", said(chance)), ("assistant", said(chance))]
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def plain(chance: random.Random, i: int) -> dict[str, Any]:
+    return {"text": said(chance, 12)}
+
+
+def made(make: Callable[[random.Random, int], dict[str, Any]], rows: int = 40) -> Rows:
+    chance = random.Random(0)
+    return [make(chance, i) for i in range(rows)]
+
+
+def chatty_llama(folder: Path) -> str:
+    return save_llama(folder, CHAT_TEMPLATE)
+
+
+KINDS = [
+    (labelled, save_bert, "classification"),
+    (rated, save_bert, "regression"),
+    (translated, save_bart, "seq2seq"),
+    (instructed, save_llama, "causal-lm"),
+    (chatted, chatty_llama, "causal-lm"),
+    (plain, save_llama, "causal-lm"),
+]
+
+
+@pytest.mark.parametrize(("make", "save", "task"), KINDS)
+def test_what_init_writes_trains_as_it_is(
+    make: Any, save: Any, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "mine.jsonl", made(make))
+    model = save(tmp_path / "model")
+    assert main(["init", "mine.jsonl", "--model", model]) == 0
+    assert RunConfig.from_yaml("mine.yaml").task == task
+    fast = ["training.max_steps=2", "quality.adapt_steps=1", "training.disable_tqdm=true"]
+    settings = [word for setting in fast for word in ("--set", setting)]
+    assert main(["train", "mine.yaml", *settings]) == 0
+    assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "data"),
+    [
+        (labelled, "classification", {"text": "sentence", "target": "label"}),
+        (rated, "regression", {"text": ["sentence1", "sentence2"], "target": "score"}),
+        (translated, "seq2seq", {"text": "dialogue", "target": "summary"}),
+        (instructed, "causal-lm", {"text": "{instruction}\n{input}\n", "target": "output"}),
+        (chatted, "causal-lm", {"messages": "messages"}),
+        (plain, "causal-lm", {"text": "text"}),
+        (
+            lambda c, i: {"fine_label": i % 8, "coarse_label": i % 2, "text": said(c)},
+            "classification",
+            {"text": "text", "target": "fine_label"},
+        ),
+        (
+            lambda c, i: {"idx": i, "y": i % 3, "title": said(c, 3), "blurb": said(c, 20)},
+            "classification",
+            {"text": "title", "target": "y"},
+        ),
+        (
+            lambda c, i: {"blurb": said(c, 20), "other": said(c, 8), "kind": i % 3},
+            "classification",
+            {"text": "blurb", "target": "kind"},
+        ),
+        (
+            lambda c, i: {"translation": {"en": said(c), "de": said(c)}},
+            "seq2seq",
+            {"text": "translation.en", "target": "translation.de"},
+        ),
+    ],
+)
+def test_columns_are_chosen_by_the_documented_rules(
+    row: Any, task: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", made(row))
+    chosen = choose_columns(look(load_dataset(str(file), "data.train")))
+    assert (chosen.task, chosen.data) == (task, data)
+
+
+def test_other_candidates_are_named_in_a_comment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": said(random.Random(i)), "b_label": i % 4, "a_label": i % 2} for i in range(40)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert main(["init", "rows.jsonl", "--model", save_bert(tmp_path / "model")]) == 0
+    text = (tmp_path / "rows.yaml").read_text()
+    assert "# or target: a_label" in text
+    assert main(["init", "rows.jsonl", "--target", "a_label", "--out", "a.yaml"]) == 0
+    assert RunConfig.from_yaml("a.yaml").data.target == "a_label"
+
+
+def test_a_file_that_is_there_is_kept_unless_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", made(labelled))
+    (tmp_path / "rows.yaml").write_text("mine")
+    model = save_bert(tmp_path / "model")
+    assert main(["init", "rows.jsonl", "--model", model]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (tmp_path / "rows.yaml").read_text() == "mine"
+    assert main(["init", "rows.jsonl", "--model", model, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == "label"
+    assert RunConfig.from_yaml("rows.yaml").data.target == "label"
+
+
+def test_lengths_are_the_tokenizer_s_and_classes_and_files_beside_are_found(tmp_path: Path) -> None:
+    from tsqlora.seeing import see
+
+    rows = made(labelled, 200)
+    for name in ("train", "dev", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    seen = see(str(tmp_path / "train.jsonl"), model=save_bert(tmp_path / "model"))
+    assert seen.lengths == (8, 8, 8), "six words between <s> and </s>"
+    assert seen.classes == ("bad", "good")
+    assert (seen.validation, seen.test) == (
+        str(tmp_path / "dev.jsonl"),
+        str(tmp_path / "test.jsonl"),
+    )
+
+
+def test_splits_that_cannot_be_measured_on_are_not_taken(tmp_path: Path) -> None:
+    from tsqlora.seeing import see
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = [{"text": said(random.Random(i)), "label": i % 2} for i in range(40)]
+    hidden = [{**row, "label": -1} for row in rows]
+    splits = {"train": rows, "validation": rows, "test": hidden}
+    DatasetDict(
+        {name: Dataset.from_list(each, features=features) for name, each in splits.items()}
+    ).save_to_disk(tmp_path / "glue")
+    seen = see(str(tmp_path / "glue"), model=save_bert(tmp_path / "model"))
+    assert (seen.validation, seen.test) == (f"{tmp_path / 'glue'}[validation]", None)
+    assert "is not taken for test" in seen.notes[0]
+
+
+def test_hostile_names_and_texts_stay_in_their_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, label = "te\nxt: {x", "label\u2028\n: #"
+    rows = [
+        {text: f"{said(random.Random(i))}\nmodel: evil", label: f"a\nb: {i % 2}"} for i in range(40)
+    ]
+    write_rows(tmp_path / "odd.jsonl", rows)
+    model = save_bert(tmp_path / "model")
+    assert main(["init", "odd.jsonl", "--model", model, "--text", label, "--target", label]) == 0
+    found = RunConfig.from_yaml("odd.yaml")
+    assert (found.model, found.data.target) == (model, label)
+
+
+def test_missing_values_are_a_note(tmp_path: Path) -> None:
+    from tsqlora.first_config import configuration
+    from tsqlora.seeing import see
+
+    rows = [*made(labelled), {"sentence": "a film", "label": None, "note": ""}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    seen = see(str(tmp_path / "rows.jsonl"), model=save_bert(tmp_path / "model"))
+    text = configuration(seen, "rows")
+    assert "# NOTE: 'label' is missing in 1 of 41 rows" in text
+    assert yaml.safe_load(text)["data"]["target"] == "label"
+
+
+def test_data_without_text_is_refused_with_what_is_there(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"a": i % 2, "b": i / 7} for i in range(20)])
+    with pytest.raises(
+        DataError, match=r"no column of a \(2 classes\), b \(numbers\) looks like text"
+    ):
+        choose_columns(look(load_dataset(str(tmp_path / "rows.jsonl"), "data.train")))
