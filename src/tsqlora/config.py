@@ -36,7 +36,6 @@ _REFUSED = {
     "hub_token": "config.yaml is kept in the run folder; set the variable HF_TOKEN instead",
 }
 
-
 _NOT_EMPTY = Rule("", bool)
 _Name = Annotated[str, _NOT_EMPTY]
 _Names = Annotated[tuple[_Name, ...], _NOT_EMPTY]
@@ -56,9 +55,8 @@ _Seed = Annotated[int, Rule(" from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
 class DataConfig:
     """Where the samples are, and which columns hold the input and the target.
 
-    `train`, `validation` and `test` are sources as `tsqlora.data.load_dataset` takes them: files,
-    globs, saved folders, `name:config[split]` of the hub, or a list of these. `validation` may be a
-    fraction of train. `text` is a column, a pair of columns or a template,
+    `train`, `validation` and `test` are sources, or lists of them, as `tsqlora.data.load_dataset`
+    takes them; `validation` may be a fraction. `text` is a column, a pair of columns or a template,
     `target` a column or template, `messages` the column of a chat. `max_length` is in tokens. Of a
     larger train at most `max_train_samples` rows are taken, drawn by the run's seed.
     """
