@@ -17,13 +17,14 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 
 # Each module imports only modules that stand before it.
 ORDER = [
-    "errors", "schema", "config", "artefacts", "seals", "interruption", "claims",
+    "errors", "progress", "schema", "config", "artefacts", "seals", "interruption", "claims",
     "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data", "looking",
     "losses", "quantized", "batches", "trials", "heads", "loading", "encoding", "encoded",
     "labels", "base_task", "tasks", "generation", "metrics",
     "hooks", "targets", "lora_layers", "factors", "experts",
-    "global_batches", "memory", "adaptation", "per_sample_grads", "recording", "lookahead",
-    "credibility", "convergence", "calibration", "quality", "selection", "mismatch",
+    "step_progress", "global_batches", "memory", "adaptation", "per_sample_grads", "recording",
+    "lookahead",
+    "credibility", "convergence", "calibration", "quality", "selection", "reported", "mismatch",
     "shingles", "duplicates",
     "measuring", "fitting", "parts", "null", "collected", "scoring", "samples",
     "online",

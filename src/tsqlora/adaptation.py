@@ -161,7 +161,11 @@ def _adapt(
         set_seed(adaptation.seed)
         rows = model_columns(model, dataset)
         trainer = GlobalBatchTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collator
+            "brief adaptation",
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator,
         )
         if folder is None:
             trainer.train()

@@ -14,7 +14,6 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
@@ -25,6 +24,7 @@ from tsqlora.encoding import Encoded
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.loading import load_config, load_model, require_embeddings
 from tsqlora.losses import IGNORED
+from tsqlora.progress import progress
 from tsqlora.quantized import Quantization
 
 Row = dict[str, Any]
@@ -183,12 +183,10 @@ class Task(ABC):
 
 
 def _chunks(dataset: Dataset, where: str) -> Iterator[list[Row]]:
-    """The rows, some at a time, class numbers as names; a progress bar where it takes long."""
+    """The rows, some at a time, class numbers as names; its progress where it takes long."""
     features = dataset.features.items()
     classes = {name: each.names for name, each in features if isinstance(each, ClassLabel)}
-    with tqdm(
-        total=len(dataset), desc=f"encoding {where}", unit=" rows", delay=3, leave=False
-    ) as progress:
+    with progress(f"encoding {where}", len(dataset), "rows", delay=3) as encoded:
         for columns in dataset.with_format(None).iter(_ROWS_AT_ONCE):
             for name, names in classes.items():
                 columns[name] = [None if i is None or i < 0 else names[i] for i in columns[name]]
@@ -197,4 +195,4 @@ def _chunks(dataset: Dataset, where: str) -> Iterator[list[Row]]:
                 for values in zip(*columns.values(), strict=True)
             ]
             yield rows
-            progress.update(len(rows))
+            encoded(len(rows))

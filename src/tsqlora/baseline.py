@@ -30,7 +30,11 @@ def train_plain_lora(inputs: Inputs, steps: int) -> dict[str, float]:
         arguments = training_arguments(settings, Path(folder), config.seed)
         data = inputs.splits.train
         GlobalBatchTrainer(
-            model=model, args=arguments, train_dataset=data, data_collator=task.collate
+            "plain LoRA",
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=task.collate,
         ).train()
     split = list(inputs.splits.measured.values())[-1]
     return measure(config, task, model, split)

@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from tqdm.auto import tqdm
 
 from tsqlora.columns import blocks_of, column
 from tsqlora.errors import DataError
 from tsqlora.losses import SEQ2SEQ, sample_losses
+from tsqlora.progress import progress
 from tsqlora.quantized import keep_exact
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
@@ -85,42 +85,31 @@ class Pool:
 def batches(
     model: nn.Module, dataset: Dataset, collator: Collator, batch_size: int, what: str
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """(positions, batch) over the whole data set as `Pool` plans it, with a progress bar `what`.
+    """(positions, batch) over the whole data set as `Pool` plans it, with a `Progress` of `what`.
 
     Raises:
         DataError: the collator gives no `labels`.
     """
     pool = Pool(model, dataset, collator, batch_size)
-    with progress(pool.tokens, pool.plan, what) as passed:
+    with passing(pool.tokens, pool.plan, what) as passed:
         for positions in pool.plan:
             yield from pool.take(positions)
             passed(positions)
 
 
 @contextmanager
-def progress(
+def passing(
     tokens: np.ndarray, ahead: Sequence[np.ndarray], what: str, hidden: bool = False
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """A bar with the rate and the time that remains; it is told the positions that have passed.
+    """The progress of a pass over a pool; it is told the positions that have passed.
 
-    It counts tokens, as long samples take longer, or samples where `tokens` (N) are all 0; `ahead`
-    are the positions still to pass, batch by batch.
+    Work is counted in tokens (N), as long samples take longer, or in samples where those are all 0;
+    `ahead` are the positions still to pass, batch by batch.
     """
-    counted = tokens if tokens.any() else np.ones_like(tokens)
-    unit = " tokens" if tokens.any() else " samples"
-    total, samples = sum(int(counted[each].sum()) for each in ahead), sum(map(len, ahead))
-    done = 0
-    with tqdm(
-        total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=hidden
-    ) as bar:
-
-        def passed(positions: np.ndarray) -> None:
-            nonlocal done
-            done += len(positions)
-            bar.set_postfix_str(f"{done} of {samples} samples", refresh=False)
-            bar.update(int(counted[positions].sum()))
-
-        yield passed
+    work = tokens if tokens.any() else np.ones_like(tokens)
+    total, samples = sum(int(work[each].sum()) for each in ahead), sum(map(len, ahead))
+    with progress(what, samples, "samples", total, hidden) as passed:
+        yield lambda positions: passed(len(positions), int(work[positions].sum()))
 
 
 def split(batch: Batch, pieces: int) -> list[Batch]:

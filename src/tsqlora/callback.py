@@ -15,6 +15,7 @@ from tsqlora.allocation import RankPlan
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import lora_modules
+from tsqlora.reported import Figures, of_ranks
 from tsqlora.zero import before_steps
 
 STATE_FILE = "dynamic_rank.json"
@@ -104,6 +105,30 @@ class DynamicRankCallback(TrainerCallback):
         """Gradients are there, the optimizer has not stepped yet, unless DeepSpeed has."""
         if not self._inside:
             self._before_step()
+
+    def figures(self, since: int | None = None) -> Figures:
+        """Where ranks stand, to be logged: `ranks/mean`, `ranks/min`, `ranks/max`,
+        `ranks/budget_used`; every `rank/MODULE` too where one has moved since that step.
+
+        A Trainer of one's own passes it on, and every integration gets it::
+
+            def log(self, logs, *rest):
+                super().log({**logs, **self.dynamic.figures()}, *rest)
+
+        Raises:
+            TrainingError: there is neither a plan nor a training yet.
+        """
+        plan, moving = self.plan, self.ranks
+        if moving is None:
+            if plan is None:
+                raise TrainingError("DynamicRankCallback knows no ranks before the training.")
+            return of_ranks(plan.ranks, plan.shapes, plan.budget, since is None)
+        ranks, budget = moving.current, moving.budget
+        shapes = {module.name: module.shape for module in moving.modules}
+        if plan is not None:  # it knows the modules without an adapter
+            ranks, shapes, budget = {**plan.ranks, **ranks}, plan.shapes, plan.budget
+        moved = since is None or any(move.step > since for move in moving.history)
+        return of_ranks(ranks, shapes, budget, moved)
 
     def _before_step(self) -> None:
         assert self.ranks is not None

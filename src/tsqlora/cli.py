@@ -18,6 +18,7 @@ from tsqlora.claims import claimed
 from tsqlora.config import METRICS, RunConfig
 from tsqlora.errors import ConfigError, TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
+from tsqlora.progress import Sayings, hide_others
 
 Result = dict[str, Any]
 
@@ -224,7 +225,8 @@ def _speaks() -> bool:
 
 def _say_only_what_matters() -> None:
     """Our own account on stderr, errors of the libraries, and warnings where `-W` asks for them."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    hide_others()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[Sayings()])
     logging.getLogger("tsqlora").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

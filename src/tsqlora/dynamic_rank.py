@@ -171,6 +171,11 @@ class DynamicRank:
         return self._reallocate() if self.taken == coming else None
 
     @property
+    def current(self) -> dict[str, int]:
+        """The rank of every module now."""
+        return self.history[-1].ranks if self.history else self.planned
+
+    @property
     def frozen(self) -> bool:
         """Whether ranks have moved for the last time."""
         return self.taken >= max(self.moves_at, default=0)
@@ -202,7 +207,7 @@ class DynamicRank:
 
         As the Trainer does at the end with its best checkpoint.
         """
-        before = self.history[-1].ranks if self.history else self.planned
+        before = self.current
         ranks = {m.name: int(active(m).sum()) for m in self.modules}
         if ranks == before:
             return None

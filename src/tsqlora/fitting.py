@@ -14,6 +14,7 @@ from tsqlora.batches import Batch, Collator, Pool
 from tsqlora.losses import infer_kind
 from tsqlora.measuring import Meter, Wanted
 from tsqlora.per_sample_grads import PROBED
+from tsqlora.progress import progress
 
 SMALLEST, LARGEST = 8, 1024
 PAYS = 0.95
@@ -39,15 +40,18 @@ def fitting_batch_size(
     meter.prepare(_taken(pool, longest[:PROBED]))
     best, least = SMALLEST, math.inf
     size, most = SMALLEST, min(LARGEST, len(longest), len(dataset) // SHARE_OF_POOL)
-    while size <= most and not meter.single:
-        before, batch = _resident(), _taken(pool, longest[:size])
-        seconds = min(_timed(meter, batch) for _ in range(2)) / size
-        if meter.halving.halvings or seconds > PAYS * least:
-            break
-        best, least = size, seconds
-        if not _room(model, 2 * (_resident() - before)):
-            break
-        size *= 2
+    sizes = (most // SMALLEST).bit_length()
+    with progress("finding the batch size", sizes, "sizes") as tried:
+        while size <= most and not meter.single:
+            before, batch = _resident(), _taken(pool, longest[:size])
+            seconds = min(_timed(meter, batch) for _ in range(2)) / size
+            if meter.halving.halvings or seconds > PAYS * least:
+                break
+            best, least = size, seconds
+            if not _room(model, 2 * (_resident() - before)):
+                break
+            size *= 2
+            tried()
     return best
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from tsqlora.base_task import Task
 from tsqlora.errors import DataError
 from tsqlora.loading import most_tokens, quiet
 from tsqlora.losses import CAUSAL_LM, IGNORED
+from tsqlora.progress import progress
 
 
 def predict(task: Task, model: Any, encoded: Dataset, batch_size: int = 64) -> list[str]:
@@ -31,16 +31,13 @@ def predict(task: Task, model: Any, encoded: Dataset, batch_size: int = 64) -> l
     prompts = [_prompt(task, row) for row in encoded]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
-    with (
-        inference(model),
-        tqdm(total=len(order), desc="generating", unit=" samples", leave=False) as progress,
-    ):
+    with inference(model), progress("generating", len(order), "samples") as written:
         for start in range(0, len(order), batch_size):
             positions = order[start : start + batch_size]
-            written = _generate(task, model, [prompts[i] for i in positions])
-            for i, text in zip(positions, written, strict=True):
+            found = _generate(task, model, [prompts[i] for i in positions])
+            for i, text in zip(positions, found, strict=True):
                 texts[i] = text
-            progress.update(len(positions))
+            written(len(positions))
     return texts
 
 

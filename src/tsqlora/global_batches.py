@@ -18,18 +18,21 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
 from tsqlora import processes
 from tsqlora.columns import column, in_python
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.losses import infer_kind, target_lengths
+from tsqlora.step_progress import StepProgress
 
 SPARE = "tsqlora_spare"
 """In a batch that only keeps a process company which has no sample of its own."""
@@ -96,12 +99,23 @@ class GlobalBatchTrainer(Trainer):
     times too large as there are processes and accumulated batches.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, doing: str = "training", **settings: Any) -> None:
         super().__init__(**settings)
+        for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(own)
+        self.progress = StepProgress(doing)
+        self.add_callback(self.progress)
         self.add_callback(_LastStep())
         self.model_accepts_loss_kwargs = False  # no model divides by itself
         self.kind = infer_kind(self.model)
         self._targets = 1.0
+
+    def train(self, *args: Any, **named: Any) -> Any:
+        """As the Trainer's; no bar is left by an error."""
+        try:
+            return super().train(*args, **named)
+        finally:
+            self.progress.close()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shards (FSDP2) on a CPU too where `fsdp` asks for it, and block by block.

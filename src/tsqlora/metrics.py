@@ -20,6 +20,7 @@ from tsqlora.config import METRICS
 from tsqlora.errors import ConfigError
 from tsqlora.generation import inference, predict, references
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses, target_lengths
+from tsqlora.progress import progress
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _GENERATED = ("exact_match", "rouge", "bleu")
@@ -104,7 +105,11 @@ def _generation(texts: list[str], wanted: list[str], metrics: Sequence[str]) -> 
         result["exact_match"] = float(np.mean([a == b for a, b in zip(texts, wanted, strict=True)]))
     if "rouge" in metrics:
         scorer = RougeScorer(_ROUGE)
-        scores = [scorer.score(b, a) for a, b in zip(texts, wanted, strict=True)]
+        scores = []
+        with progress("rouge", len(texts), "texts", delay=3) as scored:
+            for text, reference in zip(texts, wanted, strict=True):
+                scores.append(scorer.score(reference, text))
+                scored()
         result |= {name: float(np.mean([s[name].fmeasure for s in scores])) for name in _ROUGE}
     if "bleu" in metrics:
         result["bleu"] = sacrebleu.corpus_bleu(texts, [wanted], force=True).score

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from tsqlora.batches import Collator, Pool, evaluating, forward_losses, subset
+from tsqlora.batches import Collator, Pool, evaluating, forward_losses, passing, subset
 from tsqlora.columns import blocks_of, column, copied, kept
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses
 from tsqlora.measuring import as_numpy
@@ -58,11 +58,13 @@ def null_of_pairs(
     losses = np.zeros(0 if wrong is None else len(wrong))
     if wrong is not None:
         pool, halving = Pool(model, wrong, collator, batch_size), Halving()
-        with evaluating(model), torch.no_grad():
+        bar = passing(pool.tokens, pool.plan, "mismatched pairs")
+        with evaluating(model), torch.no_grad(), bar as passed:
             for planned in pool.plan:
                 for positions, batch in pool.take(planned):
                     found = halving(lambda piece: forward_losses(model, kind, piece), batch)
                     losses[positions] = np.concatenate([as_numpy(each) for each in found])
+                passed(planned)
     return losses, np.zeros(len(losses), dtype=np.int32)
 
 

@@ -28,6 +28,7 @@ from tsqlora.null import FREE
 from tsqlora.online import POSITION, OnlineScorer, Visits
 from tsqlora.quality import QualityScores
 from tsqlora.recording import Recorder, sample_weights, summed_loss
+from tsqlora.reported import of_samples
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.selection import QualitySampler
@@ -36,6 +37,7 @@ from tsqlora.training import PoolTrainer
 logger = logging.getLogger("tsqlora")
 
 STATE_FILE = "online.safetensors"
+REPORTED = "reported/"
 
 
 @dataclass
@@ -85,7 +87,9 @@ class OnlineTrainer(PoolTrainer):
 
     def redraw(self, epoch: int) -> None:
         """Draw `epoch` by the scores as of now."""
-        self.sampler.probability, self.drawn_for = self.scores().probability, epoch
+        scores = self.scores()
+        self.sampler.probability, self.drawn_for = scores.probability, epoch
+        self.reported.samples = of_samples(scores, len(self.sampler))
 
     def online_state(self) -> dict[str, np.ndarray]:
         """What a resumed training needs."""
@@ -93,6 +97,7 @@ class OnlineTrainer(PoolTrainer):
             "drawn_for": self.drawn_for,
             "seconds": self.seconds,
             "spent": self.scoring.spent,
+            **{f"{REPORTED}{name}": value for name, value in self.reported.samples.items()},
         }
         return {
             **self.visits.state(),
@@ -106,6 +111,11 @@ class OnlineTrainer(PoolTrainer):
         self.sampler.probability = state["probability"]
         self.drawn_for, self.seconds = int(state["drawn_for"][0]), float(state["seconds"][0])
         self.scoring.spent = float(state["spent"][0])
+        self.reported.samples = {
+            name.removeprefix(REPORTED): float(value[0])
+            for name, value in state.items()
+            if name.startswith(REPORTED)
+        }
 
     def training_step(
         self, model: nn.Module, inputs: Any, *rest: Any, **named: Any

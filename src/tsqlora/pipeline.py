@@ -37,9 +37,11 @@ from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.online_training import keep_scores, pool_trainer
 from tsqlora.preflight import check_config, check_run
+from tsqlora.progress import Stages
 from tsqlora.quality import QualityScores
 from tsqlora.rank_rules import MARGINAL_GAIN
 from tsqlora.report import write_report
+from tsqlora.reported import Reported, of_samples
 from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
@@ -73,6 +75,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        self.stages = Stages()
         self.inputs = Inputs(config, folder.encoded)
 
     @classmethod
@@ -129,7 +132,9 @@ class Run:
         prepare_folder(folder, inputs)
         before = seconds_before(last_checkpoint(folder))
         passes = first.steps * first.batch
-        logger.info("0/4 Brief adaptation: %d steps of %d samples", first.steps, first.batch)
+        self.stages(
+            "score", f"first steps on the whole pool, {first.steps:,} of {first.batch:,} samples"
+        )
         with processes.alone(), counted(self.folder, "adaptation", passes, before):
             adapt_briefly(model, pool, task.collate, first, folder)
 
@@ -137,9 +142,10 @@ class Run:
         """Stage 1: the quality of every sample; all alike where none is scored before training."""
         if (mode := self.config.quality.mode) != "upfront":
             ids, fraction = self.inputs.splits.train["id"], self.config.quality.fraction
+            self.stages("score", f"nothing beforehand, by quality.mode: {mode}")
             return unscored(np.asarray(ids), fraction, self.config.seed, f"quality.mode: {mode}")
         if self._done("scores", self.folder.scores):
-            logger.info("1/4 Quality scores: there already")
+            self.stages.there("score")
         else:
             self._score(self.inputs.digest("scores"))
         if processes.is_main():
@@ -150,7 +156,7 @@ class Run:
         """Measured by all processes, a share each, or gone on with; the main one scores."""
         pool, reference = self.inputs.splits.train, self.inputs.splits.reference
         model, measured = self.warm_model, self.folder.measured
-        logger.info("1/4 Quality scores of %d samples", len(pool))
+        self.stages("score", f"the quality of {len(pool):,} samples")
         passes = self.scorer.passes(self.config.task, len(pool), len(reference or ()))
         if processes.is_main():
             prepare_folder(measured, inputs)
@@ -171,12 +177,11 @@ class Run:
     def sensitivity(self) -> LayerSensitivity:
         """Stage 2: the sensitivity of every layer on the selected samples."""
         if self._done("sensitivity", self.folder.sensitivity):
-            logger.info("2/4 Layer sensitivity: there already")
             return LayerSensitivity.load(self.folder.sensitivity)
         scores = self.score()
         selected = self.inputs.splits.train.select(np.flatnonzero(scores.selected))
         model, ranks = self.warm_model, self.config.ranks
-        logger.info("2/4 Layer sensitivity (%s)", ranks.sensitivity)
+        self.stages("plan", f"layer sensitivity ({ranks.sensitivity})")
         each = 2.0 if ranks.sensitivity == HESSIAN else 1.5
         with counted(self.folder, "sensitivity", each * min(len(selected), SENSITIVITY_SAMPLES)):
             sensitivity = layer_sensitivity(
@@ -199,7 +204,7 @@ class Run:
         """Stage 3: the rank of every module."""
         sensitivity = self.sensitivity()
         if self._done("plan", self.folder.plan):
-            logger.info("3/4 Rank plan: there already")
+            self.stages.there("plan")
             return RankPlan.load(self.folder.plan)
         return processes.from_main(lambda: self._allocate(sensitivity))
 
@@ -218,7 +223,8 @@ class Run:
         self.folder.mark_done("plan", self.inputs.digest("plan"))
         low, high, used = min(plan.ranks.values()), max(plan.ranks.values()), plan.parameters
         modules, budget = len(plan.ranks), plan.budget
-        logger.info(f"3/4 Rank plan: {modules} modules, ranks {low} to {high}, {used} of {budget}")
+        what = f"{modules} modules, ranks {low} to {high}, {used:,} of {budget:,} parameters"
+        self.stages("plan", what)
         return plan
 
     def train(self) -> None:
@@ -231,7 +237,7 @@ class Run:
             for made in ("first", "scorer", "warm_model"):
                 self.__dict__.pop(made, None)
         if self._done("training", self.folder.adapter):
-            logger.info("4/4 Training: there already")
+            self.stages.there("train")
             return
         scores, plan = self.score(), self.plan()
         sampler = self._sampler(scores)
@@ -246,6 +252,7 @@ class Run:
         )
         trainer = pool_trainer(self.scorer)(
             sampler,
+            reported=Reported(dynamic.figures, of_samples(scores, len(sampler))),
             model=model,
             args=self.arguments,
             train_dataset=self.inputs.splits.train,
@@ -253,9 +260,9 @@ class Run:
             data_collator=self.inputs.task.collate,
             callbacks=[dynamic] if self.config.ranks.dynamic else [],
         )
-        logger.info(f"4/4 Training: {len(sampler)} samples an epoch")
+        self.stages("train", f"{len(sampler):,} samples an epoch")
         with counted(self.folder, "training", trainer.passes(), seconds_before(checkpoint)):
-            run_training(trainer, checkpoint)
+            run_training(trainer, checkpoint, self.folder.tensorboard)
         keep_scores(trainer, self.folder)
         if processes.is_main():
             self._save_log(trainer.state.log_history)
@@ -272,6 +279,8 @@ class Run:
         finished, inputs = self.finished, self.inputs.digest("evaluation")
         if not self.folder.is_done("evaluation", inputs, [self.folder.metrics]):
             sections, task, splits = {}, self.inputs.task, self.inputs.splits.measured
+            what = ", ".join(f"{len(rows):,} samples of {name}" for name, rows in splits.items())
+            self.stages("evaluate", what or "no validation or test data")
             if splits and task.kind in (SEQ2SEQ, CAUSAL_LM):
                 rows = next(iter(splits.values()))
                 sections["base"] = measure(self.config, task, self.inputs.base_model(), rows)

@@ -119,6 +119,11 @@ class RunFolder:
         return self.path / "train_log.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """The events of the training, with `training.report_to: tensorboard`."""
+        return self.path / "tensorboard"
+
+    @property
     def report(self) -> Path:
         """The report."""
         return self.path / "report.html"

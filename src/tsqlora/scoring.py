@@ -20,7 +20,7 @@ from tsqlora.batches import (
     Collator,
     Pool,
     evaluating,
-    progress,
+    passing,
 )
 from tsqlora.calibration import drawn_whole, measured_whole
 from tsqlora.collected import kin, numbers, predictions
@@ -223,9 +223,7 @@ class Scorer:
             other.single, other.halving = main.single, main.halving
         chunks = {n: planned[size * n : size * (n + 1)] for n in numbered}
         ahead = [places for chunk in chunks.values() for _, places in chunk]
-        with progress(
-            pool.tokens, ahead, f"{parts.folder.name} scores", hidden=first > 0
-        ) as passed:
+        with passing(pool.tokens, ahead, f"{parts.folder.name} scores", hidden=first > 0) as passed:
             began = time.perf_counter()
             for number, chunk in chunks.items():
                 measured: list[Columns] = []

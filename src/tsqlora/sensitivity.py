@@ -27,7 +27,7 @@ from tsqlora.batches import (
     Pool,
     evaluating,
     forward_losses,
-    progress,
+    passing,
     singly,
     subset,
     unwrapped,
@@ -147,7 +147,7 @@ def _batches(pool: Pool, first: int, every: int) -> Iterator[tuple[int, np.ndarr
     """(number, positions, batch) of every so many-th batch from the first on."""
     mine = list(range(first, len(pool.plan), every))
     ahead = [pool.plan[n] for n in mine]
-    with progress(pool.tokens, ahead, "layer sensitivity", hidden=first > 0) as passed:
+    with passing(pool.tokens, ahead, "layer sensitivity", hidden=first > 0) as passed:
         for number in mine:
             for positions, batch in pool.take(pool.plan[number]):
                 yield number, positions, batch

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from tsqlora import processes
+from tsqlora.artefacts import remove
 from tsqlora.checkpoints import train_from, whole_checkpoints
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.global_batches import GlobalBatchTrainer
+from tsqlora.reported import Reported
 from tsqlora.selection import LengthGrouped, QualitySampler
 from tsqlora.zero_settings import check_by_deepspeed, deepspeed_settings
 
@@ -37,9 +40,17 @@ GROUPED = "group_by_length"
 class PoolTrainer(GlobalBatchTrainer):
     """A Trainer that takes its order from `sampler` and stops at a loss that is not finite."""
 
-    def __init__(self, sampler: QualitySampler, **settings: Any) -> None:
+    def __init__(
+        self, sampler: QualitySampler, reported: Reported | None = None, **settings: Any
+    ) -> None:
         super().__init__(**settings)
-        self.sampler = sampler
+        self.sampler, self.reported = sampler, reported or Reported()
+
+    def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
+        """As the Trainer's, to all that `report_to` names; what is `reported` beside the loss."""
+        if "loss" in logs:
+            logs = {**logs, **self.reported.beside(self.state.log_history)}
+        super().log(logs, *rest, **named)
 
     def passes(self) -> float:
         """Sample passes that the whole training takes."""
@@ -115,8 +126,8 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
     return arguments
 
 
-def run_training(trainer: PoolTrainer, checkpoint: Path | None) -> None:
-    """Train, or go on from `checkpoint`.
+def run_training(trainer: PoolTrainer, checkpoint: Path | None, events: Path) -> None:
+    """Train, or go on from `checkpoint`; TensorBoard's events, where they are wanted, in `events`.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -124,6 +135,11 @@ def run_training(trainer: PoolTrainer, checkpoint: Path | None) -> None:
         RunError: a checkpoint cannot be written.
         KeyboardInterrupt: after the checkpoint that Ctrl-C or SIGTERM asked for.
     """
+    if checkpoint is None and processes.is_main():
+        remove(events)  # of a training that is not gone on with
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(events)
     try:
         train_from(trainer, checkpoint)
     except ImportError as error:
