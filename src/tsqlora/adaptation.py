@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from tsqlora import processes
 from tsqlora.artefacts import remove
 from tsqlora.batches import Collator, model_columns
 from tsqlora.checkpoints import last_checkpoint, train_from
@@ -88,6 +90,8 @@ class Adaptation:
             end = {"lr_end": self.ends_at * self.learning_rate, "power": 1.0}
             rate = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": end}
         kept = {k: v for k, v in self.settings.items() if k in _KEPT}
+        if processes.count() > 1 and not torch.accelerator.is_available():
+            kept["use_cpu"] = True  # without which transformers sees one process
         return TrainingArguments(
             output_dir=folder,
             max_steps=self.steps,

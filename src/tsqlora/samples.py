@@ -66,7 +66,8 @@ def score_samples(
     model = unwrapped(model)
     require_samples(model, dataset, collator)
     steps = FEW if scorer.quality.adapt_steps is None else scorer.quality.adapt_steps
-    adaptation = Adaptation(steps, learning_rate, batch_size or ADAPTED, seed)
+    each = max(1, (batch_size or ADAPTED) // processes.count())  # who trains it together
+    adaptation = Adaptation(steps, learning_rate, each, seed)
     with _adapted(model, dataset, collator, adaptation) as adapted:
         if together and processes.count() > 1:
             return _together(scorer, adapted, dataset, reference)
