@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist already keeps each
 import pytest
 from hypothesis import settings
 
+from browser import no_browser
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
@@ -21,17 +23,20 @@ settings.load_profile("deterministic")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shared: needs the data or models of ../shared")
+    config.addinivalue_line("markers", "browser: needs Chromium and its driver")
     config.addinivalue_line("markers", "llama_cpp: needs llama-cpp-python and gguf")
     config.addinivalue_line("markers", "deepspeed: needs deepspeed and a C++ compiler")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if SHARED.is_dir():
-        return
-    skip = pytest.mark.skip(reason=f"{SHARED} is not there")
+    missing = {
+        "shared": "" if SHARED.is_dir() else f"{SHARED} is not there",
+        "browser": no_browser(),
+    }
     for item in items:
-        if "shared" in item.keywords:
-            item.add_marker(skip)
+        for mark, reason in missing.items():
+            if reason and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,8 @@ ORDER = [
     "run_folder", "zero_settings", "training", "two_parts", "starting", "cost", "online_training",
     "inputs", "preflight",
     "model_card", "finished", "baseline",
-    "figures", "report_ranks", "report_samples", "report", "pipeline",
+    "figures", "charts", "packed", "report_ranks", "report_texts", "report_table", "report_samples",
+    "report", "pipeline",
     "packaged", "seeing", "first_config", "demo_data", "demo", "cli", "__main__",
 ]  # fmt: skip
 

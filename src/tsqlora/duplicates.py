@@ -26,6 +26,8 @@ WINDOW = 8
 """Pairs that a sample is looked at in, in each band: those of one band are rarely more."""
 SEED = 0
 
+_ALONE = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}])"
+
 
 def near_duplicates(rows: Dataset, threshold: float = THRESHOLD) -> np.ndarray:
     """The group of every encoded sample (N), numbered from 0 in the order of their first samples.
@@ -179,3 +181,22 @@ def _tokens(rows: Dataset) -> int:
     table = rows.with_format("arrow")
     lengths = (pc.list_value_length(table[block]["input_ids"]) for block in blocks_of(len(rows)))
     return sum(pc.sum(each).as_py() or 0 for each in lengths)
+
+
+def near_duplicate_texts(texts: list[str], threshold: float = THRESHOLD) -> np.ndarray:
+    """The group of every text (N) as `near_duplicates` has it, by words and whatever the targets.
+
+    A word is a run of letters and digits, in lower case, or one sign of a script without spaces.
+    """
+    if not texts:
+        return np.zeros(0, np.int64)
+    lower = pc.utf8_lower(pa.array(texts, pa.large_string()))
+    apart = pc.replace_substring_regex(lower, _ALONE, r" \1 ")
+    words = pc.split_pattern_regex(apart, r"[^\pL\pN\pM]+")
+    values, lengths = pc.list_flatten(words), pc.list_value_length(words).to_numpy()
+    known = pc.not_equal(values, "")
+    owner = np.repeat(np.arange(len(texts)), lengths)
+    counts = np.bincount(owner[known.to_numpy(zero_copy_only=False)], minlength=len(texts))
+    tokens = values.filter(known).dictionary_encode().indices.to_numpy()
+    block = (tokens, counts, np.zeros(len(texts), np.uint64))
+    return groups(shingles_of(iter([block]), len(texts), len(tokens)), threshold)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,9 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tsqlora import __version__
 from tsqlora.artefacts import atomic_write_text, read_json, read_lines
-from tsqlora.figures import Curves, curves, number
-from tsqlora.report_ranks import ranks_part, sensitivity_part
-from tsqlora.report_samples import samples_part
+from tsqlora.charts import Spec, bar_chart, line_chart, vega
+from tsqlora.figures import curves, number
+from tsqlora.packed import Packed, packed_json, packed_text
+from tsqlora.report_ranks import Ranks, Sensitivity, ranks_part, sensitivity_part
+from tsqlora.report_samples import Samples, samples_part
 from tsqlora.run_folder import RunFolder
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
@@ -33,12 +37,15 @@ SPLITS = {"base": "untouched model", "validation": "validation", "test": "test"}
 class Metrics:
     """A row a metric, a column a split, and the one figure that comes first.
 
-    `base`, the untouched model, was measured on the first of the other splits.
+    `base`, the untouched model, was measured on the first of the other splits; `untouched` is its
+    figure beside the first one, where it has one. `trained`: whether there are other splits.
     """
 
     splits: list[str]
     rows: list[tuple[str, list[float | None]]]
     headline: tuple[str, str, float | None] | None
+    untouched: float | None
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Training:
-    """Loss and learning rate by step; the last training loss."""
+    """What was logged while training: a title and a chart for each; the last training loss."""
 
-    losses: Curves
-    rates: Curves | None
+    charts: list[tuple[str, Spec]]
     steps: int
     last: float | None
 
@@ -82,6 +88,10 @@ def write_report(run: str | Path) -> Path:
     folder = RunFolder.open(run)
     config = folder.load_config()
     metrics = read_json(folder.metrics) if folder.metrics.exists() else {}
+    cost, training = _cost(metrics.get("cost") or {}), _training(folder)
+    samples, ranks = samples_part(folder, config), ranks_part(folder)
+    sensitivity = sensitivity_part(folder)
+    charts = _charts(cost, training, samples, ranks, sensitivity)
     page = _environment().get_template("report.html.j2")
     text = page.render(
         name=folder.path.resolve().name,
@@ -90,15 +100,54 @@ def write_report(run: str | Path) -> Path:
         configuration=folder.config.read_text(encoding="utf-8"),
         finished=folder.adapter.exists(),
         metrics=_metrics(metrics),
-        cost=_cost(metrics.get("cost") or {}),
-        samples=samples_part(folder, config),
-        sensitivity=sensitivity_part(folder),
-        ranks=ranks_part(folder),
-        training=_training(folder),
+        cost=cost,
+        samples=samples,
+        sensitivity=sensitivity,
+        ranks=ranks,
+        training=training,
         versions=_versions(),
+        nonce=secrets.token_urlsafe(16),
+        pieces=_pieces(charts, samples, ranks),
     )
-    atomic_write_text(folder.report, text)
+    atomic_write_text(folder.report, text.encode("utf-8", "replace").decode())
     return folder.report
+
+
+def _charts(
+    cost: Cost | None,
+    training: Training | None,
+    samples: Samples | None,
+    ranks: Ranks | None,
+    sensitivity: Sensitivity | None,
+) -> dict[str, Spec]:
+    """Every chart by the name that the template gives its place."""
+    charts: dict[str, Spec] = {}
+    if cost:
+        rows = [(stage.name, "seconds", stage.seconds) for stage in cost.stages]
+        charts["cost"] = bar_chart("Seconds of each stage", rows, ",.3~r")
+    for i, (_, chart) in enumerate(training.charts if training else ()):
+        charts[f"training-{i}"] = chart
+    for what, part in (("rank", ranks), ("sensitivity", sensitivity)):
+        for i, grid in enumerate(part.grids if part else ()):
+            charts[f"{what}-{i}"] = grid.chart
+    for term in samples.terms if samples else ():
+        if term.chart:
+            charts[f"term-{term.name}"] = term.chart
+    if samples and samples.shares_chart:
+        charts["shares"] = samples.shares_chart
+    return charts
+
+
+def _pieces(charts: dict[str, Spec], samples: Samples | None, ranks: Ranks | None) -> list[Packed]:
+    """What the page unpacks: the samples first, as they are shown first."""
+    page = {
+        "charts": charts,
+        "moments": ranks.moments if ranks else [],
+        "samples": samples.table.notes if samples else None,
+    }
+    table = samples.table.pieces if samples else []
+    library = [packed_text("vega", vega())] if charts else []
+    return [packed_json("page", page), *table, *library]
 
 
 def _environment() -> Environment:
@@ -123,12 +172,13 @@ def _metrics(metrics: Mapping[str, Any]) -> Metrics | None:
         return None
     names = list(dict.fromkeys(name for split in measured for name in metrics[split]))
     rows = [(name, [metrics[split].get(name) for split in measured]) for name in names]
-    headline = None
+    headline = untouched = None
     if trained:
         split = trained[0] if "base" in measured else trained[-1]
         name, value = next(iter(metrics[split].items()))
-        headline = (name, split, value)
-    return Metrics([_title(split, trained) for split in measured], rows, headline)
+        headline, untouched = (name, split, value), metrics.get("base", {}).get(name)
+    titles = [_title(split, trained) for split in measured]
+    return Metrics(titles, rows, headline, untouched, bool(trained))
 
 
 def _title(split: str, trained: list[str]) -> str:
@@ -159,22 +209,39 @@ def _cost(cost: Mapping[str, Any]) -> Cost | None:
 def _training(folder: RunFolder) -> Training | None:
     """From `train_log.jsonl`, or from the newest checkpoint while training is not finished."""
     log = read_lines(folder.train_log) or _checkpoint_log(folder)
-    series = {key: [(e["step"], e[key]) for e in log if _has(e, key)] for key in _LOGGED}
-    losses = curves({"training": series["loss"], "validation": series["eval_loss"]})
-    if losses is None:
+    logged = [key for key in dict.fromkeys(k for entry in log for k in entry) if _plotted(key)]
+    series = {key: [(e["step"], e[key]) for e in log if _has(e, key)] for key in logged}
+    losses = curves({"training": series.pop("loss", []), "validation": series.pop("eval_loss", [])})
+    if not losses:
         return None
-    last = series["loss"][-1][1] if series["loss"] else None
-    rates = curves({"learning rate": series["learning_rate"]})
+    last = losses["training"][-1][1] if "training" in losses else None
+    others = {_titled(key): curves({key: points}) for key, points in series.items()}
+    charts = {"loss": losses, **{title: found for title, found in others.items() if found}}
     return Training(
-        losses, rates, max(int(entry["step"]) for entry in log if "step" in entry), last
+        [(title, line_chart(title, found)) for title, found in charts.items()],
+        max(int(entry["step"]) for entry in log if "step" in entry),
+        last,
     )
 
 
-_LOGGED = ("loss", "eval_loss", "learning_rate")
+_UNPLOTTED = re.compile(
+    r"epoch|step|total_flos|train_.*|rank/.*|ranks/m(in|ax)|.*(_runtime|_per_second|_time)"
+)
+
+
+def _plotted(key: str) -> bool:
+    return not _UNPLOTTED.fullmatch(key)
+
+
+def _titled(key: str) -> str:
+    """`eval_f1`, which the Trainer logs, is f1 on the validation data."""
+    named = key.removeprefix("eval_").replace("_", " ").replace("/", ", ")
+    return f"{named}, validation" if key.startswith("eval_") else named
 
 
 def _has(entry: Mapping[str, Any], key: str) -> bool:
-    return entry.get(key) is not None and entry.get("step") is not None
+    number = isinstance(entry.get(key), int | float)
+    return number and entry.get("step") is not None
 
 
 def _checkpoint_log(folder: RunFolder) -> list[dict[str, Any]]:
