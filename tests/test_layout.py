@@ -6,12 +6,17 @@ import ast
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 import tsqlora
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest's own
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 
@@ -36,7 +41,8 @@ ORDER = [
     "model_card", "finished", "baseline",
     "figures", "charts", "packed", "report_ranks", "report_texts", "report_table", "report_samples",
     "report", "pipeline",
-    "packaged", "seeing", "first_config", "demo_data", "demo", "cli", "__main__",
+    "packaged", "seeing", "first_config", "demo_data", "demo", "arguments", "completion",
+    "endings", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = {
@@ -91,12 +97,18 @@ def test_a_module_imports_only_modules_above_it(module: str) -> None:
 
 @each_module
 def test_only_declared_dependencies_are_imported(module: str) -> None:
-    declared = {normalised(re.split(r"[^\w.-]", line)[0]) for line in requires("tsqlora") or ()}
+    declared = {normalised(re.split(r"[^\w.-]", line)[0]) for line in dependencies()}
     tops = {name.split(".")[0] for name in imported(module)} - sys.stdlib_module_names
     distributions = packages_distributions()
     for top in tops - {"tsqlora"}:
         providers = {normalised(name) for name in distributions.get(top, [top])}
         assert providers & declared, f"{module}.py imports {top}, which pyproject.toml leaves out"
+
+
+def dependencies() -> list[str]:
+    """All that pyproject.toml declares, the extras' too."""
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    return sum(project["optional-dependencies"].values(), project["dependencies"])
 
 
 def normalised(name: str) -> str:

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora import __version__
+from tsqlora.arguments import Parser
 from tsqlora.claims import claimed
+from tsqlora.completion import SHELLS
 from tsqlora.config import METRICS, RunConfig
+from tsqlora.endings import told
 from tsqlora.errors import ConfigError, TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
 from tsqlora.progress import Sayings, hide_others
@@ -121,13 +124,18 @@ def init(arguments: argparse.Namespace) -> Result:
     return {"written": str(out), **seen.summary()}
 
 
+def completion(arguments: argparse.Namespace) -> Result:
+    """A script that completes verbs, options, files and folders in a shell."""
+    from tsqlora.completion import completion_script
+
+    return {"paste": completion_script(parser(), arguments.shell)}
+
+
 def parser() -> argparse.ArgumentParser:
     """Verbs and their arguments."""
-    top = argparse.ArgumentParser(
-        prog="tsqlora", description="Sensitivity- and quality-aware low-rank adaptation."
-    )
+    top = Parser(prog="tsqlora", description="Sensitivity- and quality-aware low-rank adaptation.")
     top.add_argument("--version", action="version", version=f"tsqlora {__version__}")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
     for verb in (train, score, plan):
         sub = _verb(verbs, verb)
         sub.add_argument("config", metavar="CONFIG.yaml")
@@ -162,6 +170,8 @@ def parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, demo)
     sub.add_argument("--out", default="runs/demo", metavar="DIR")
     sub.add_argument("--seed", type=int, default=0)
+    sub = _verb(verbs, completion)
+    sub.add_argument("shell", choices=SHELLS)
     return top
 
 
@@ -169,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit status: 0 done, 2 the user's mistake, 130 interrupted by Ctrl-C and 143 by
     SIGTERM, 1 our fault.
     """
-    arguments = parser().parse_args(argv)
+    arguments = (top := parser()).parse_args(argv)
+    if arguments.verb is None:
+        top.print_help(sys.stderr)
+        return 2
     _say_only_what_matters()
     verb: Callable[[argparse.Namespace], Result] = globals()[arguments.verb]
     try:
@@ -189,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1  # another process has failed, and this one for want of it
     if not _is_first():
         return 0
-    text = result.get("paste") or _readable(result)
+    text = result.get("paste") or told(arguments.verb, result, arguments)
     print(json.dumps(result, indent=2) if arguments.json else text)
     return 0
 
@@ -264,17 +277,3 @@ def _run(arguments: argparse.Namespace) -> Any:
 def _is_first() -> bool:
     """Of several processes (`accelerate launch`) the first acts, and tells the result, for all."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _readable(result: Result, indent: str = "") -> str:
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", _readable(value, indent + "  ")]
-        else:
-            lines.append(
-                f"{indent}{key}: {value:.4g}"
-                if isinstance(value, float)
-                else f"{indent}{key}: {value}"
-            )
-    return "\n".join(lines)
