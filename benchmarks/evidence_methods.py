@@ -17,6 +17,7 @@ from evidence_plain import lora, lora_r4, lora_random, lora_trusted, oracle, ora
 from evidence_rivals import adalora, eva, infobatch, small_loss
 from sklearn.metrics import roc_auc_score
 
+from tsqlora.judging import window_size
 from tsqlora.null import FREE
 from tsqlora.online import null_pairs
 from tsqlora.pipeline import SENSITIVITY_SAMPLES, Run
@@ -54,6 +55,7 @@ def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
     """The most steps after scoring with which everything costs at most the budget."""
 
     samples, trusted = len(cell.data.train), len(cell.data.trusted)
+    window = window_size(samples)
 
     def cost(steps: int) -> float:
         config = cell.config(**{**sections, "training": {"max_steps": steps}})
@@ -64,8 +66,8 @@ def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
         if quality.mode == "upfront":
             scoring += scorer.passes(cell.task.kind, samples, trusted if quality.reference else 0)
         elif quality.mode == "online" and cell.task.kind not in FREE:
-            epochs = steps * cell.task.batch / drawn
-            scoring += 0.5 * epochs * null_pairs(drawn)
+            windows = steps // max(1, window // cell.task.batch)
+            scoring += 0.5 * windows * null_pairs(window)
         return (first.steps + steps) * cell.task.batch + scoring
 
     low, high = 1, cell.steps

@@ -169,3 +169,12 @@ def looped_duplicates(
             if alike and targets[i] == targets[j]:
                 groups = [groups[j] if group == groups[i] else group for group in groups]
     return groups
+
+
+def inclusion_one_by_one(credibility: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """q_i = c_i / max(1, Σ c_j over the samples j of i's group)."""
+    found = []
+    for c, group in zip(credibility, groups, strict=True):
+        total = sum(float(o) for o, g in zip(credibility, groups, strict=True) if g == group)
+        found.append(float(c) / max(1.0, total))
+    return found

@@ -22,7 +22,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 
 # Each module imports only modules that stand before it.
 ORDER = [
-    "errors", "progress", "schema", "config", "artefacts", "seals", "interruption", "claims",
+    "errors", "progress", "schema", "conflicts", "config", "artefacts", "seals", "interruption",
+    "claims",
     "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data", "looking",
     "losses", "quantized", "batches", "trials", "heads", "loading", "encoding", "encoded",
     "labels", "base_task", "tasks", "generation", "metrics",
@@ -32,7 +33,7 @@ ORDER = [
     "credibility", "convergence", "calibration", "quality", "selection", "reported", "mismatch",
     "shingles", "duplicates",
     "measuring", "fitting", "parts", "null", "collected", "scoring", "samples",
-    "online",
+    "judging", "online",
     "estimators", "sensitivity",
     "rank_rules", "allocation", "zero", "sharded", "optimizer_state", "adapter", "merging",
     "export", "pasting", "initial", "observing", "dynamic_rank", "callback",

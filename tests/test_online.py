@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from test_per_sample_grads import checkpointed
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import QualityScores
 from tsqlora.cli import main
-from tsqlora.config import QualityConfig
+from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import ModelError
 from tsqlora.online import OnlineScorer, Visits
 from tsqlora.online_training import STATE_FILE, OnlineTrainer
@@ -36,7 +37,9 @@ ONLINE = QualityConfig(mode="online", fraction=1.0)
 SAMPLES = 10
 
 
-def trainer_of(name: str, folder: Path, recorded: bool, **settings: Any) -> PoolTrainer:
+def trainer_of(
+    name: str, folder: Path, recorded: bool, terms: bool = True, **settings: Any
+) -> PoolTrainer:
     """A training of 10 samples in batches of 4, dropout off."""
     kind = KINDS[name]
     rows = Dataset.from_list(rows_of(tiny_batch(kind, samples=SAMPLES)))
@@ -54,7 +57,8 @@ def trainer_of(name: str, folder: Path, recorded: bool, **settings: Any) -> Pool
         "model": model, "args": arguments, "train_dataset": rows, "data_collator": collate,
     }  # fmt: skip
     if recorded:
-        return OnlineTrainer(sampler, Scorer(collate, ONLINE), **named)
+        quality = ONLINE if terms else replace(ONLINE, weights=QualityWeights(0.0, 0.0, 0.0))
+        return OnlineTrainer(sampler, Scorer(collate, quality), **named)
     return PoolTrainer(sampler, **named)
 
 
@@ -164,6 +168,7 @@ def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
 def online_run(folder: Path, **changes: Any) -> Path:
     settings = {
         "quality.mode": "online",
+        "quality.fraction": 0.5,
         "training.num_train_epochs": 3,
         "training.save_strategy": "steps",
         "training.save_steps": 3,
@@ -245,7 +250,11 @@ def test_generation_pays_for_a_null_each_epoch_and_goes_on_to_the_same_bytes(
 ) -> None:
     def config(name: str) -> Path:
         (tmp_path / name).mkdir()
-        settings = {"quality.mode": "online", "training.num_train_epochs": 3}
+        settings = {
+            "quality.mode": "online",
+            "quality.fraction": 0.5,
+            "training.num_train_epochs": 3,
+        }
         return made(
             tmp_path / name, 100, **settings, **{"training.per_device_train_batch_size": 25}
         )
@@ -257,7 +266,7 @@ def test_generation_pays_for_a_null_each_epoch_and_goes_on_to_the_same_bytes(
     assert np.isfinite(scores.convergence[seen]).all()
     assert "no wrong ones to compare" not in scores.verdict
     cost = json.loads((folder / "metrics.json").read_text())["cost"]["stages"]
-    assert cost["scores"]["passes"] == 3 * 40 / 2, "after each epoch a forward of 40 pairs at most"
+    assert 0 < cost["scores"]["passes"] <= 40 / 2, "in its one window a forward of 40 pairs at most"
     assert cost["training"]["passes"] == 150
     interrupted = config("killed")
     killed(interrupted, 5)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from tsqlora.conflicts import conflicts, mode_conflicts, rank_conflicts
 from tsqlora.errors import ConfigError
 from tsqlora.schema import Rule, fit_keys, load_yaml, parse_yaml, plain, read
 
@@ -99,11 +100,15 @@ class QualityConfig:
     more: null is the training's, `auto` is found by trial. Where memory runs out they are halved.
 
     `mode: upfront` scores the pool once, before the training. `online` scores samples by the passes
-    that train on them: the first epoch is drawn uniformly, each later one by what was seen so far;
-    without the loss reduction, which takes passes of its own. `none` scores nothing and draws all.
+    that train on them: targets are judged as they go by, doubtful ones weigh less at once, and each
+    epoch is drawn by what was seen so far (`judging.py`, `online.py`); without the loss reduction,
+    which takes passes of its own. `none` scores nothing. For both `fraction` is 1 by default, 0.5
+    else, and null in `adapt_steps` is no step.
+
+    `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).
     """
 
-    fraction: _Share = 0.5
+    fraction: _Share = None  # type: ignore[assignment]  # by the mode, once it is known
     weights: QualityWeights = QualityWeights()
     temperature: _Positive = 1.0
     preset: Literal["default", "paper"] = "default"
@@ -113,10 +118,11 @@ class QualityConfig:
     lookahead: Literal["exact", "first_order", "second_order"] = "exact"
     depth: _Share = 1.0
     batch_size: Literal["auto"] | _Count | None = None
+    duplicates: Literal["once", "all"] = "once"
 
     def __post_init__(self) -> None:
-        if self.mode == "none" and self.fraction == type(self).fraction:
-            object.__setattr__(self, "fraction", 1.0)
+        if self.fraction is None:
+            object.__setattr__(self, "fraction", 0.5 if self.mode == "upfront" else 1.0)
         if self.mode == "online" and self.weights.loss_reduction == QualityWeights.loss_reduction:
             object.__setattr__(self, "weights", replace(self.weights, loss_reduction=0.0))
 
@@ -237,10 +243,10 @@ def _checked(mapping: Any) -> tuple[dict[str, Any], list[str]]:
         values["training"] = _fit_training(training, problems)
     given = mapping if isinstance(mapping, Mapping) else {}
     if not any(problem.startswith("ranks") for problem in problems):
-        problems.extend(_rank_conflicts(values["ranks"], given.get("ranks") or {}))
+        problems.extend(rank_conflicts(values["ranks"], given.get("ranks") or {}))
     if not any(problem.startswith("quality") for problem in problems):
-        problems.extend(_mode_conflicts(values["quality"], given.get("quality") or {}))
-    return values, [*problems, *_conflicts(values)]
+        problems.extend(mode_conflicts(values["quality"], given.get("quality") or {}))
+    return values, [*problems, *conflicts(values, METRICS)]
 
 
 def _fit_training(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -273,63 +279,6 @@ def _training_hints() -> dict[str, Any]:
         for each in fields(TrainingArguments)
         if each.init and each.name not in {*_REFUSED, *ranges} and (hint := hints[each.name])
     }
-
-
-def _rank_conflicts(ranks: RanksConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    low, mean, high = ranks.min_rank, ranks.mean_rank, ranks.max_rank
-    if given.get("mean_rank") is not None and given.get("parameters") is not None:
-        yield "give ranks.mean_rank or ranks.parameters, not both: set the other to null"
-    elif mean is None and ranks.parameters is None:
-        yield "ranks.mean_rank or ranks.parameters is required: both are null"
-    if ranks.compact and not ranks.dynamic:
-        yield "ranks.compact is for ranks.dynamic: true; without it no component is ever pruned"
-    if low > high:
-        yield f"ranks.min_rank ({low}) must not exceed ranks.max_rank ({high})"
-    elif mean is not None and not low <= mean <= high:
-        yield f"ranks.mean_rank ({mean}) must lie from min_rank ({low}) to max_rank ({high})"
-
-
-def _mode_conflicts(quality: QualityConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    if (mode := quality.mode) == "none" and given.get("fraction", 1) != 1:
-        yield "quality.fraction: quality.mode: none draws all samples; leave it out"
-    if mode == "online" and (given.get("weights") or {}).get("loss_reduction", 0) != 0:
-        yield (
-            "quality.weights.loss_reduction takes a forward of its own, which quality.mode: online "
-            "does without; set it to 0, or use mode: upfront"
-        )
-    upfront = {
-        "preset: paper": quality.preset == "paper",
-        "reference": quality.reference is not None,
-        "depth": quality.depth < 1,
-        "lookahead": quality.lookahead != "exact",
-    }
-    if mode != "upfront":
-        for key in (key for key, there in upfront.items() if there):
-            yield f"quality.{key} is for quality.mode: upfront; leave it out"
-    elif upfront["preset: paper"] and upfront["reference"]:
-        yield "quality.reference: quality.preset: paper knows none; leave it out"
-
-
-def _conflicts(run: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong between fields; values that are bad on their own are let pass."""
-    task, data, quality = run["task"], run["data"], run["quality"]
-    metrics, known = run.get("metrics"), METRICS.get(str(task), ())
-    if data.messages is None:
-        if data.text is None:
-            yield "data.text is required: a column, a pair of columns or a template"
-        if data.target is None and known and task != "causal-lm":
-            yield f"data.target is required for {task}: the column of the label, number or text"
-    elif data.text is not None or data.target is not None:
-        yield "give data.messages, or data.text and data.target, not both"
-    elif known and task != "causal-lm":
-        yield f"data.messages is for causal-lm; for {task} give data.text and data.target"
-    if run.get("target_tokenizer") is not None and known and task != "seq2seq":
-        yield f"target_tokenizer is for seq2seq, not for {task}: leave it out"
-    if quality.reference == "validation" and data.validation is None:
-        yield "quality.reference: validation needs data.validation"
-    for name in metrics if known and isinstance(metrics, tuple) else ():
-        if name not in known:
-            yield f"metrics: {name} is not a metric of {task}; choose from {', '.join(known)}"
 
 
 def _override(mapping: dict[str, Any], override: str) -> None:

@@ -33,6 +33,7 @@ NEEDS: dict[str, list[str]] = {
         "seed",
         "quality.adapt_steps",
         "quality.fraction",
+        "quality.mode",
     ],
     "scores": ["quality"],
     "sensitivity": ["ranks.sensitivity", "ranks.rule"],

@@ -1,14 +1,15 @@
 """Scores from the training itself: the last measurement of every sample, and what follows from it.
 
-In the first epoch all samples are drawn alike. After each, those that were ever drawn are scored by
-`quality.py` from their last visit's loss, gradient norm and sketch; those that never were have the
-highest score and full credibility. The next epoch is drawn by that.
+In the first epoch all samples are drawn alike, near-duplicates as one. A window of visits judges
+the targets (`judging.py`), and every next epoch is drawn by that: where no gradient term is asked
+for, each sample is in a round of the draw with probability q_i, so that a doubtful one comes back
+now and then and may be judged again; else by p_i of `quality.py` times its share among duplicates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 
 import numpy as np
 from datasets import Dataset
@@ -17,22 +18,28 @@ from torch import nn
 from tsqlora import processes
 from tsqlora.collected import FINITE
 from tsqlora.credibility import ENOUGH
-from tsqlora.losses import infer_kind
+from tsqlora.duplicates import near_duplicates
+from tsqlora.judging import Judge, Null, inclusion, window_size
+from tsqlora.losses import CLASSIFICATION, infer_kind
 from tsqlora.measuring import Columns
-from tsqlora.null import FREE, NULL_SAMPLES
+from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
 from tsqlora.quality import Floats, QualityScores, quality_scores, tempered
 from tsqlora.scoring import Scorer
-from tsqlora.selection import draw_size, drawn, unscored
+from tsqlora.selection import drawn, unscored
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
-NULL_SHARE = 20
-"""Once an epoch, one mismatched pair for so many samples drawn shows what wrong targets cost."""
+NULL_SHARE = 16
+"""In each window, one mismatched pair for so many visits shows what wrong targets cost."""
+NULL_WINDOWS = 4
+"""Pairs of so many last windows make generation's null."""
+OTHERS = 4
+"""Wrong labels that each stored output meets, where the null takes no pass."""
 
 
-def null_pairs(drawn: int) -> int:
-    """Mismatched pairs of generation's null, taken once an epoch of so many samples."""
-    return min(NULL_SAMPLES, max(ENOUGH, drawn // NULL_SHARE))
+def null_pairs(window: int) -> int:
+    """Mismatched pairs of generation's null, taken in each window of so many visits."""
+    return min(NULL_SAMPLES, max(ENOUGH, window // NULL_SHARE))
 
 
 class Visits:
@@ -42,16 +49,19 @@ class Visits:
 
     Attributes:
         last: 1 + the epoch of the last visit (N), 0 where there was none.
+        window: positions of what has settled since a window was taken.
     """
 
     def __init__(self, samples: int) -> None:
         self.last = np.zeros(samples, dtype=np.int32)
+        self.window = np.zeros(0, dtype=np.int64)
         self._columns: Columns = {}
         self._fresh: list[tuple[int, Columns]] = []
 
     def add(self, epoch: int, columns: Columns) -> None:
         """Note a batch, whose `position` is among its columns; what is not finite is left out."""
-        finite = np.all([np.isfinite(columns[name]) for name in FINITE], axis=0)
+        there = [name for name in FINITE if name in columns]
+        finite = np.all([np.isfinite(columns[name]) for name in there], axis=0)
         self._fresh.append((epoch, {name: values[finite] for name, values in columns.items()}))
 
     def settle(self) -> None:
@@ -64,6 +74,7 @@ class Visits:
     def _put(self, stamp: int, columns: Columns) -> None:
         positions = columns[POSITION]
         self.last[positions] = stamp
+        self.window = np.concatenate([self.window, positions])
         for name, values in columns.items():
             if name not in self._columns:
                 shape = (len(self.last), *values.shape[1:])
@@ -88,15 +99,22 @@ class Visits:
         """The same at once."""
         yield np.arange(len(self.seen)), self._columns[name][self.seen]
 
+    def take_window(self) -> tuple[np.ndarray, Window]:
+        """The positions visited since the last call, in the pool's order, and what was measured."""
+        positions, self.window = np.unique(self.window), self.window[:0]
+        columns = {name: values[positions] for name, values in self._columns.items()}
+        return positions, Window(columns)
+
     def state(self) -> Columns:
         """All of it as arrays, those of the samples seen."""
         seen = self.seen
         columns = {f"column.{name}": values[seen] for name, values in self._columns.items()}
-        return {"last": self.last, **columns}
+        return {"last": self.last, "window": self.window, **columns}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         self.last, self._columns, self._fresh = state["last"].copy(), {}, []
+        self.window = state["window"]
         named = {k.removeprefix("column."): v for k, v in state.items() if k.startswith("column.")}
         for name, values in named.items():
             whole = np.zeros((len(self.last), *values.shape[1:]), values.dtype)
@@ -104,18 +122,83 @@ class Visits:
             self._columns[name] = whole
 
 
+@dataclass(frozen=True)
+class Window:
+    """Columns of some visits, as `parts.Measured` has them."""
+
+    columns: Columns
+
+    @property
+    def names(self) -> list[str]:
+        """The columns."""
+        return list(self.columns)
+
+    def column(self, name: str) -> np.ndarray:
+        """One of them."""
+        return self.columns[name]
+
+    def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same at once."""
+        yield np.arange(len(self.columns[name])), self.columns[name]
+
+
 class OnlineScorer:
     """Scores a pool by its visits, under the model that is being trained.
 
     Attributes:
-        scorer: how; of generation with fewer mismatched pairs than before a training.
+        scorer: how.
+        judge: what is thought of the targets.
+        duplicates: the group of near-duplicates of each sample (N).
         spent: passes of its own that scoring has taken so far.
     """
 
     def __init__(self, scorer: Scorer, rows: Dataset) -> None:
-        pairs = null_pairs(draw_size(len(rows), scorer.quality.fraction))
-        self.scorer, self.rows = replace(scorer, null_samples=pairs), rows
-        self.spent = 0.0
+        self.scorer, self.rows = scorer, rows
+        self.judge = Judge(len(rows))
+        once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
+        self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
+        self.spent, self._windows = 0.0, 0
+        self._pairs: list[Null] = []
+
+    @property
+    def window(self) -> int:
+        """Visits after which targets are judged."""
+        return window_size(len(self.rows))
+
+    def close_window(self, visits: Visits, model: nn.Module) -> None:
+        """Judge what was visited since the last time, once it is enough; alike in all processes."""
+        if len(np.unique(visits.window)) < ENOUGH:
+            return
+        positions, window = visits.take_window()
+        kind = infer_kind(model)
+        null = processes.from_main(lambda: self._null(window, model, kind))
+        self._windows += 1
+        if kind not in FREE:
+            self.spent += 0.5 * len(null.loss)
+            self._pairs = [*self._pairs, null][-NULL_WINDOWS:]
+            null = Null(
+                *(np.concatenate(each) for each in zip(*map(astuple, self._pairs), strict=True))
+            )
+        group, classes = np.zeros(len(positions), dtype=np.int32), None
+        if kind == CLASSIFICATION:
+            group, classes = window.column("label"), window.column("output").shape[1]
+        self.judge.close(positions, window.column("loss"), group, null, classes)
+
+    def _null(self, window: Window, model: nn.Module, kind: str) -> Null:
+        seed = self.scorer.seed + self._windows
+        if kind in FREE:
+            found = [null_of_outputs(window, kind, OTHERS * seed + k) for k in range(OTHERS)]
+            return Null(*(np.concatenate(each) for each in zip(*found, strict=True)))
+        size = self.scorer.batch_size or 1
+        with self.scorer.autocast(model):
+            pairs = null_of_pairs(
+                model, kind, self.rows, self.scorer.collator, size, seed, null_pairs(self.window)
+            )
+        return Null(*pairs)
+
+    def inclusion(self) -> np.ndarray:
+        """q_i of the next epoch (N)."""
+        return inclusion(self.judge.credibility, self.duplicates)
 
     def scores(self, visits: Visits, model: nn.Module) -> QualityScores:
         """The scores of all N samples; terms of those never visited are NaN."""
@@ -123,20 +206,38 @@ class OnlineScorer:
         seen = visits.seen
         if len(seen) == 0:
             return unscored(ids, quality.fraction, seed, "no sample was scored")
-        rows = self.rows.select(seen)
-        with self.scorer.autocast(model):
-            pool = self.scorer.measurements(visits, model, rows, True)
-        found = quality_scores(pool, quality)
-        if infer_kind(model) not in FREE:
-            self.spent += 0.5 * min(len(seen), self.scorer.null_samples)
-        scores = _spread(found, seen, ids)
-        probability = tempered(scores.quality, scores.credibility, quality.temperature)
+        pool = self.scorer.measurements(visits, model, self.rows.select(seen), False)
+        scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
+        probability = self.inclusion()
+        if self.scorer.wanted.terms:
+            shared = probability / np.maximum(scores.credibility, 1e-12)
+            probability = shared * tempered(scores.quality, scores.credibility, quality.temperature)
+        probability = probability / probability.sum()
         selected = drawn(probability, quality.fraction, seed)
         return replace(scores, probability=probability, selected=selected)
 
+    def state(self) -> Columns:
+        """What a resumed training needs beside the visits."""
+        pairs = {
+            f"pairs.{i}.{name}": values
+            for i, null in enumerate(self._pairs)
+            for name, values in asdict(null).items()
+        }
+        numbers = np.asarray([self.spent, self._windows], dtype=np.float64)
+        return {**self.judge.state(), **pairs, "scoring": numbers}
 
-def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray) -> QualityScores:
-    """The scores of those seen among all; the others have the highest quality, and all credit."""
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put `state` back."""
+        self.judge.load(state)
+        self.spent, self._windows = float(state["scoring"][0]), int(state["scoring"][1])
+        kept = sum(key.startswith("pairs.") for key in state) // len(fields(Null))
+        self._pairs = [
+            Null(state[f"pairs.{i}.loss"], state[f"pairs.{i}.group"]) for i in range(kept)
+        ]
+
+
+def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judge) -> QualityScores:
+    """The scores of those seen among all; the others have the highest quality."""
 
     def whole(values: Floats, fill: float) -> Floats:
         result = np.full(len(ids), fill)
@@ -152,7 +253,7 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray) -> QualityS
         return result
 
     missed = len(ids) - len(seen)
-    verdict = found.verdict + (f"; {missed} of {len(ids)} samples were never drawn" * bool(missed))
+    verdict = judge.verdict + (f"; {missed} of {len(ids)} samples were never drawn" * bool(missed))
     return replace(
         found,
         ids=ids,
@@ -160,7 +261,8 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray) -> QualityS
         gradient_norm=whole(found.gradient_norm, np.nan),
         loss_reduction=whole(found.loss_reduction, np.nan),
         convergence=whole(found.convergence, np.nan),
-        credibility=whole(found.credibility, 1.0),
+        credibility=judge.credibility,
+        wrong_share=judge.wrong_share,
         quality=whole(found.quality, found.quality.max()),
         prediction=predicted(),
         verdict=verdict,

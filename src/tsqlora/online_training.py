@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from tsqlora.artefacts import atomic_file
 from tsqlora.cost import scored_inside
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.global_batches import SPARE
-from tsqlora.losses import sample_losses, target_lengths
+from tsqlora.losses import CLASSIFICATION, sample_losses, target_lengths
 from tsqlora.measuring import as_numpy
 from tsqlora.null import FREE
 from tsqlora.online import POSITION, OnlineScorer, Visits
@@ -71,7 +72,11 @@ class OnlineTrainer(PoolTrainer):
         batch_size = scorer.batch_size or self.args.per_device_train_batch_size
         scorer = replace(scorer, batch_size=batch_size)
         self.visits, self.scoring = Visits(len(rows)), OnlineScorer(scorer, rows)
-        self.recorder = Recorder(self.model, "convergence" in scorer.wanted.terms, scorer.seed)
+        self.recorder: Recorder | None = None
+        if scorer.wanted.terms:
+            sketched = "convergence" in scorer.wanted.terms
+            self.recorder = Recorder(self.model, sketched, scorer.seed)
+        self.sampler.inclusion = self._inclusion()
         self.drawn_for, self.seconds = 0, 0.0
         self._batch: _Batch | None = None
         self.add_callback(_OnlineCallback(self))
@@ -88,46 +93,59 @@ class OnlineTrainer(PoolTrainer):
     def redraw(self, epoch: int) -> None:
         """Draw `epoch` by the scores as of now."""
         scores = self.scores()
-        self.sampler.probability, self.drawn_for = scores.probability, epoch
-        self.reported.samples = of_samples(scores, len(self.sampler))
+        self.sampler.probability, self.sampler.inclusion = scores.probability, self._inclusion()
+        self.drawn_for, self.reported.samples = epoch, of_samples(scores, len(self.sampler))
+
+    def close_window(self) -> None:
+        """Judge the targets visited since the last time."""
+        began = time.perf_counter()
+        self.visits.settle()
+        self.scoring.close_window(self.visits, self.model)
+        self.seconds += time.perf_counter() - began
+
+    @property
+    def window_steps(self) -> int:
+        """Optimizer steps in a window."""
+        each = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return max(1, self.scoring.window // (each * processes.count()))
+
+    def _inclusion(self) -> np.ndarray | None:
+        return None if self.recorder else self.scoring.inclusion()
 
     def online_state(self) -> dict[str, np.ndarray]:
         """What a resumed training needs."""
-        numbers = {
-            "drawn_for": self.drawn_for,
-            "seconds": self.seconds,
-            "spent": self.scoring.spent,
-            **{f"{REPORTED}{name}": value for name, value in self.reported.samples.items()},
-        }
+        numbers = {"drawn_for": self.drawn_for, "seconds": self.seconds}
+        inclusion = self.sampler.inclusion
         return {
             **self.visits.state(),
+            **self.scoring.state(),
             "probability": self.sampler.probability,
+            "inclusion": np.zeros(0) if inclusion is None else inclusion,
             **{name: np.asarray([value], dtype=np.float64) for name, value in numbers.items()},
         }
 
     def load_online_state(self, state: dict[str, np.ndarray]) -> None:
         """Put `online_state` back."""
         self.visits.load(state)
+        self.scoring.load(state)
         self.sampler.probability = state["probability"]
+        self.sampler.inclusion = state["inclusion"] if len(state["inclusion"]) else None
         self.drawn_for, self.seconds = int(state["drawn_for"][0]), float(state["seconds"][0])
-        self.scoring.spent = float(state["spent"][0])
-        self.reported.samples = {
-            name.removeprefix(REPORTED): float(value[0])
-            for name, value in state.items()
-            if name.startswith(REPORTED)
-        }
 
     def training_step(
         self, model: nn.Module, inputs: Any, *rest: Any, **named: Any
     ) -> torch.Tensor:
         """One forward and backward, recorded."""
         self._batch = None
-        with self.recorder.recording():
+        recorder = self.recorder
+        with recorder.recording() if recorder else nullcontext():
             loss = super().training_step(model, inputs, *rest, **named)
             if self._batch is not None:
-                norms, sketches = self.recorder.take(self._batch.weights)
-                found = {**self._batch.columns, "gradient_norm": norms}
-                found |= {} if sketches is None else {"sketch": sketches}
+                found = dict(self._batch.columns)
+                if recorder:
+                    norms, sketches = recorder.take(self._batch.weights)
+                    found |= {"gradient_norm": norms}
+                    found |= {} if sketches is None else {"sketch": sketches}
                 columns = {name: as_numpy(values) for name, values in found.items()}
                 self.visits.add(self.sampler.epoch, columns)
         return loss
@@ -145,15 +163,33 @@ class OnlineTrainer(PoolTrainer):
             return super().compute_loss(model, inputs, return_outputs)
         labels, spare = inputs["labels"], SPARE in inputs
         loss, outputs = super().compute_loss(model, inputs, True)
-        self.recorder.expect(len(labels))
+        if self.recorder:
+            self.recorder.expect(len(labels))
         if not spare:
-            self._batch = self._noted(positions, labels, outputs["logits"].detach(), loss.detach())
+            logits = outputs["logits"]
+            losses = sample_losses(self.kind, logits.detach(), labels)
+            credit = self._credited(logits, losses, labels)
+            self._batch = self._noted(positions, labels, losses, logits.detach(), loss.detach())
+            self._batch.weights = self._batch.weights * credit
             loss.register_hook(self._batch.scaled)
         return (loss, outputs) if return_outputs else loss
 
-    def _noted(self, positions: Tensor, labels: Tensor, logits: Tensor, loss: Tensor) -> _Batch:
+    def _credited(self, logits: Tensor, losses: Tensor, labels: Tensor) -> Tensor:
+        """c_i (n), by which each sample's gradient is multiplied on its way from the loss."""
+        judge = self.scoring.judge
+        if len(judge.curve) == 0:
+            return torch.ones_like(losses)
+        classes = labels if self.kind == CLASSIFICATION else torch.zeros_like(losses).long()
+        found = judge.weights(as_numpy(losses), as_numpy(classes))
+        credit = torch.as_tensor(found, dtype=losses.dtype, device=losses.device)
+        shape = (-1, *[1] * (logits.dim() - 1))
+        logits.register_hook(lambda gradient: gradient * credit.view(shape).to(gradient.dtype))
+        return credit
+
+    def _noted(
+        self, positions: Tensor, labels: Tensor, losses: Tensor, logits: Tensor, loss: Tensor
+    ) -> _Batch:
         lengths = target_lengths(self.kind, labels)
-        losses = sample_losses(self.kind, logits, labels)
         total, smoothing = (losses * lengths).sum(), self.args.label_smoothing_factor
         if smoothing:
             total = summed_loss(self.kind, logits, labels, smoothing)
@@ -213,6 +249,13 @@ class _OnlineCallback(TrainerCallback):
                 raise TrainingError(f"{saved} is missing: this checkpoint holds no online scores.")
             self.trainer.load_online_state(load_file(saved))
             self._lead(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The end of a window, in all processes at once."""
+        if state.global_step % self.trainer.window_steps == 0:
+            self.trainer.close_window()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -56,6 +56,25 @@ def draw(
     return (np.concatenate(rounds) if len(rounds) > 1 else rounds[0])[:size]
 
 
+def rounds(
+    inclusion: NDArray[np.floating], fraction: float, seed: int, epoch: int = 0
+) -> NDArray[np.int64]:
+    """⌈fraction·N⌉ positions from rounds that hold each sample with probability ∝ `inclusion` (N).
+
+    The likeliest are in every round, which is in random order; as many follow each other as it
+    takes. Where all are alike they are permutations of the pool. The same arguments always give
+    the same draw.
+    """
+    size, random = draw_size(len(inclusion), fraction), np.random.default_rng([seed, epoch])
+    if not inclusion.any():
+        inclusion = np.ones(len(inclusion))
+    inclusion = inclusion / inclusion.max()
+    found: list[NDArray[np.int64]] = []
+    while sum(map(len, found)) < size:
+        found.append(random.permutation(np.flatnonzero(random.random(len(inclusion)) < inclusion)))
+    return np.concatenate(found)[:size]
+
+
 def drawn(probability: NDArray[np.floating], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which samples `draw` takes (N), without their order, so that nothing need be sorted."""
     size, possible = draw_size(len(probability), fraction), probability > 0
@@ -139,7 +158,8 @@ class QualitySampler(Sampler[int]):
     """A torch Sampler that draws ⌈fraction·N⌉ positions afresh each epoch by `scores.probability`.
 
     `DataLoader(rows, sampler=QualitySampler(scores))`, or `QualitySampler(scores).attach(trainer)`.
-    The draw depends on (seed, epoch) alone. The Trainer and accelerate call `set_epoch`; iterated
+    With `inclusion` (N) set, epochs are `rounds` of it instead. The draw depends on (seed, epoch,
+    what it is drawn by) alone. The Trainer and accelerate call `set_epoch`; iterated
     again without that, the sampler goes on to the next epoch.
 
     Raises:
@@ -149,6 +169,7 @@ class QualitySampler(Sampler[int]):
     def __init__(self, scores: QualityScores, fraction: float = 0.5, seed: int = 0) -> None:
         self.ids, self.probability = scores.ids, scores.probability
         self.fraction, self.seed, self.epoch = fraction, seed, 0
+        self.inclusion: NDArray[np.floating] | None = None
         self._size = draw_size(len(scores.ids), fraction)
         self._begun = False
 
@@ -188,6 +209,8 @@ class QualitySampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self.epoch, self._begun = self.epoch + self._begun, True
+        if self.inclusion is not None:
+            return in_python(rounds(self.inclusion, self.fraction, self.seed, self.epoch))
         return in_python(draw(self.probability, self.fraction, self.seed, self.epoch))
 
     def __len__(self) -> int:

@@ -28,9 +28,9 @@ from tsqlora.training import DEFAULTS, training_arguments, training_passes
 def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptation:
     """The adaptation, for a pool of so many samples and a training in `together` processes.
 
-    By default it has as many steps as what comes after, at most 500; the rate falls linearly to the
-    share of the steps that are left, unless the training's stays constant. One process takes the
-    batches of all.
+    By default it has as many steps as what comes after, at most 500, before scores upfront, and no
+    step else; the rate falls linearly to the share of the steps that are left, unless the
+    training's stays constant. One process takes the batches of all.
     """
     settings = {**DEFAULTS, **config.training, "deepspeed": None}
     with processes.alone(), tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
@@ -42,7 +42,8 @@ def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptatio
     if after <= 0:
         after = math.ceil(training_passes(arguments, drawn) / batch)
     given = config.quality.adapt_steps
-    steps = default_steps(after) if given is None else given
+    upfront = config.quality.mode == "upfront"
+    steps = (default_steps(after) if upfront else 0) if given is None else given
     constant = str(settings["lr_scheduler_type"]).startswith("constant")
     return Adaptation(
         steps,

@@ -1,0 +1,123 @@
+"""Credibility while a model is being trained, window by window. NumPy only.
+
+Losses fall as a training goes on, so a sample's loss says whether its target is right only beside
+what wrong targets cost at that time. After every window of visits (a sixth of the pool; N samples)
+the window's losses and its own null give u and c(u) (`credibility.py`): the verdict on the samples
+visited in it. Until the next window ends, the same c(u) weighs every sample in the loss itself,
+
+    L = Σ c_i n_i ℓ_i / Σ n_i        (n_i the sample's labels or target tokens),
+
+so that a wrong target is not learnt even when it is first seen. Where the window says nothing, or
+nothing is wrong, c = 1 and the training is the plain one, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tsqlora.credibility import Credibility, Floats, Ints, from_null, null_percentiles
+
+LEAST, PART = 320, 6
+"""A window is a PART-th of the pool, at least so many visits (or the whole pool)."""
+LOWEST = 1e-3
+"""c in the loss is at least this, so that a sample's own gradient can still be told."""
+GRID = 257
+"""Points of u between which c(u) is interpolated."""
+
+
+def window_size(samples: int) -> int:
+    """Visits in a window."""
+    return min(samples, max(LEAST, samples // PART))
+
+
+@dataclass(frozen=True)
+class Null:
+    """Losses of wrong targets (M) and the class that each names (M)."""
+
+    loss: Floats = field(default_factory=lambda: np.zeros(0))
+    group: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+
+class Judge:
+    """What is thought of N samples so far.
+
+    Attributes:
+        credibility: c_i of the window that i was last visited in (N), 1 before.
+        judged: which samples a window has judged (N).
+        curve: c(u) of the last window on a grid (GRID); empty where it says nothing.
+        null: that window's.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
+        self.curve, self.null = np.zeros(0), Null()
+
+    def weights(self, loss: Floats, group: Ints) -> Floats:
+        """c_i (n) of a batch that is being trained on, by the last window; at least `LOWEST`."""
+        if len(self.curve) == 0:
+            return np.ones(len(loss))
+        u = null_percentiles(loss, group, self.null.loss, self.null.group)
+        return np.maximum(np.interp(u, np.linspace(0, 1, GRID), self.curve), LOWEST)
+
+    def close(
+        self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None
+    ) -> Credibility:
+        """Judge the samples of a window that has ended, at `positions` in the pool.
+
+        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them.
+        """
+        u = null_percentiles(loss, group, null.loss, null.group)
+        found = from_null(u, classes)
+        self.credibility[positions], self.judged[positions] = found.values, found.known
+        self.null, self.curve = null, np.zeros(0)
+        if (found.values < 1).any():
+            order = np.argsort(u, kind="stable")
+            grid = np.linspace(0, 1, GRID)
+            falling = np.minimum.accumulate(found.values[order])
+            self.curve = np.interp(grid, u[order], falling)
+        return found
+
+    @property
+    def wrong_share(self) -> float:
+        """The share of wrong targets among those judged, 1 - mean c; NaN where none is."""
+        return float(1 - self.credibility[self.judged].mean()) if self.judged.any() else np.nan
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for the user."""
+        if not self.judged.any():
+            return "targets are not judged: the model did not come to know the task"
+        share = self.wrong_share
+        if share < 0.005:
+            return "no sign of wrong targets"
+        return f"about {share:.0%} of the targets look wrong"
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays."""
+        return {
+            "judge.credibility": self.credibility,
+            "judge.judged": self.judged,
+            "judge.curve": self.curve,
+            "judge.null_loss": self.null.loss,
+            "judge.null_group": self.null.group,
+        }
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put `state` back."""
+        self.credibility = state["judge.credibility"].copy()
+        self.judged = state["judge.judged"].copy()
+        self.curve = state["judge.curve"]
+        self.null = Null(state["judge.null_loss"], state["judge.null_group"])
+
+
+def inclusion(credibility: Floats, duplicates: Ints) -> Floats:
+    """How likely each sample is in a round of the draw (N): q_i = c_i / max(1, Σ_{j ~ i} c_j).
+
+    The sum is over its group of near-duplicates, so that a group counts as one sample, and a wrong
+    copy hands its part to the others.
+    """
+    total = np.bincount(duplicates, weights=credibility)[duplicates]
+    return credibility / np.maximum(total, 1.0)

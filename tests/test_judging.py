@@ -1,0 +1,163 @@
+"""Credibility while a model is being trained, and the draws and weights that follow from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference import inclusion_one_by_one
+from test_online import trainer_of
+from tiny import KINDS
+from tsqlora.judging import LOWEST, Judge, Null, inclusion, window_size
+from tsqlora.online_training import OnlineTrainer
+from tsqlora.selection import rounds
+
+WRONG = 0.2
+
+
+def window(samples: int, wrong: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Null]:
+    """Losses of sound samples near 0.2, of wrong ones as the null's near 3; which are wrong."""
+    random = np.random.default_rng(seed)
+    bad = np.arange(samples) < round(wrong * samples)
+    loss = np.where(bad, random.normal(3, 0.5, samples), random.exponential(0.2, samples))
+    null = Null(random.normal(3, 0.5, 400), np.zeros(400, dtype=np.int32))
+    return loss, bad, null
+
+
+def test_a_window_tells_wrong_targets_and_weighs_what_comes_after_by_them() -> None:
+    judge = Judge(1000)
+    loss, bad, null = window(500, WRONG)
+    group = np.zeros(500, dtype=np.int32)
+    assert (judge.weights(loss, group) == 1).all(), "nothing is known before"
+    judge.close(np.arange(500), loss, group, null)
+    assert judge.wrong_share == pytest.approx(WRONG, abs=0.05)
+    assert judge.verdict.startswith("about ")
+    assert judge.credibility[:500][bad].mean() < 0.2 < 0.9 < judge.credibility[:500][~bad].mean()
+    assert (judge.credibility[500:] == 1).all(), "those not visited yet"
+    later, wrong, _ = window(300, WRONG, seed=1)
+    weights = judge.weights(later, group[:300])
+    assert weights[wrong].mean() < 0.2 < 0.9 < weights[~wrong].mean()
+    assert weights.min() >= LOWEST
+
+
+def test_clean_windows_leave_every_weight_at_exactly_one() -> None:
+    judge = Judge(500)
+    loss, _, null = window(500, 0.0)
+    judge.close(np.arange(500), loss, np.zeros(500, dtype=np.int32), null)
+    assert (judge.credibility == 1).all()
+    assert (judge.weights(np.full(3, 9.0), np.zeros(3, dtype=np.int32)) == 1).all()
+    assert judge.verdict == "no sign of wrong targets"
+
+
+def test_a_window_of_a_model_that_knows_nothing_judges_nothing_and_forgets_the_last_curve() -> None:
+    judge = Judge(500)
+    loss, _, null = window(500, WRONG)
+    group = np.zeros(500, dtype=np.int32)
+    judge.close(np.arange(500), loss, group, null)
+    judge.close(np.arange(500), np.random.default_rng(2).normal(3, 0.5, 500), group, null)
+    assert (judge.weights(loss, group) == 1).all()
+    assert np.isnan(judge.wrong_share)
+
+
+def test_the_state_of_a_judge_comes_back_the_same() -> None:
+    judge, other = Judge(500), Judge(500)
+    loss, _, null = window(500, WRONG)
+    group = np.zeros(500, dtype=np.int32)
+    judge.close(np.arange(500), loss, group, null)
+    other.load(judge.state())
+    np.testing.assert_array_equal(other.weights(loss, group), judge.weights(loss, group))
+    np.testing.assert_array_equal(other.credibility, judge.credibility)
+    assert other.verdict == judge.verdict
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 5)), min_size=1, max_size=30))
+def test_inclusion_counts_a_group_of_duplicates_as_one_sample(
+    rows: list[tuple[float, int]],
+) -> None:
+    credibility = np.array([c for c, _ in rows])
+    groups = np.array([g for _, g in rows])
+    found = inclusion(credibility, groups)
+    np.testing.assert_allclose(found, inclusion_one_by_one(credibility, groups), atol=1e-12)
+    assert (found <= credibility + 1e-12).all()
+    for group in set(groups.tolist()):
+        assert found[groups == group].sum() <= 1 + 1e-9
+
+
+@given(st.integers(1, 40), st.floats(0.1, 1), st.integers(0, 9), st.integers(0, 3))
+def test_rounds_of_alike_samples_are_permutations(
+    samples: int, fraction: float, seed: int, epoch: int
+) -> None:
+    found = rounds(np.full(samples, 0.3), fraction, seed, epoch)
+    assert len(found) == max(1, int(np.ceil(fraction * samples - 1e-9)))
+    assert len(set(found.tolist())) == len(found)
+    np.testing.assert_array_equal(found, rounds(np.ones(samples), fraction, seed, epoch))
+
+
+def test_rounds_hold_samples_as_often_as_their_inclusion_says() -> None:
+    wanted = np.array([1.0, 0.5, 0.1, 0.0])
+    drawn = np.concatenate([rounds(wanted, 1.0, 0, epoch) for epoch in range(4000)])
+    counts = np.bincount(drawn, minlength=4)
+    np.testing.assert_allclose(counts / counts[0], wanted, atol=0.05)
+
+
+@pytest.mark.parametrize(("samples", "size"), [(100, 100), (1000, 320), (6000, 1000)])
+def test_a_window_is_a_sixth_of_the_pool_and_not_too_small(samples: int, size: int) -> None:
+    assert window_size(samples) == size
+
+
+class Doubts(Judge):
+    """Says c of every sample by its label."""
+
+    curve = np.ones(1)
+
+    def __init__(self, credit: dict[int, float]) -> None:
+        super().__init__(10)
+        self.curve, self.credit = np.ones(1), credit
+
+    def weights(self, loss: np.ndarray, group: np.ndarray) -> np.ndarray:
+        return np.array([self.credit.get(int(g), 1.0) for g in group])
+
+
+@pytest.mark.parametrize("terms", [False, True])
+def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
+    terms: bool, tmp_path: Path
+) -> None:
+    """And the recorded norms are the samples' own ones all the same."""
+
+    def step(credit: dict[int, float]) -> tuple[OnlineTrainer, dict[str, torch.Tensor]]:
+        trainer = trainer_of("bert", tmp_path, True, terms=terms, learning_rate=0.0)
+        assert isinstance(trainer, OnlineTrainer)
+        trainer.scoring.judge = Doubts(credit)
+        trainer.model.train()
+        rows: Any = Dataset.from_list([trainer.train_dataset[i] for i in range(4)])
+        batch = trainer.data_collator(list(rows))
+        trainer._targets = torch.tensor(4.0)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model, batch, torch.tensor(4))
+        grads = {
+            n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
+        }
+        return trainer, grads
+
+    labels = [int(row) for row in trainer_of("bert", tmp_path, False).train_dataset["labels"][:4]]
+    one = labels[0]
+    every, plain = step({})
+    some, weighed = step({one: 0.25})
+    _, without = step({label: LOWEST for label in labels if label != one})
+    part = {n: (without[n] - LOWEST * plain[n]) / (1 - LOWEST) for n in plain}
+    for name, gradient in weighed.items():
+        expected = plain[name] - 0.75 * part[name]
+        assert (gradient - expected).norm() <= 1e-4 * plain[name].norm() + 1e-8, name
+    if terms:
+        for trainer in (every, some):
+            trainer.visits.settle()
+        norms = [trainer.visits.column("gradient_norm") for trainer in (every, some)]
+        np.testing.assert_allclose(*norms, rtol=1e-4)
+    assert KINDS["bert"] == "classification"
