@@ -29,6 +29,7 @@ class Task:
         metric: the name in `metrics.json`.
         samples: rows of train that a cell draws; None for all but the held-out ones.
         epochs: the cost of plain LoRA, in passes over those samples; every method's budget.
+        rates: that are tried for every method.
         settings: other keys of the configuration.
         size: how long a row's text and target are, for the long tail of generation.
     """
@@ -47,6 +48,7 @@ class Task:
     max_length: int = 64
     validation_rows: int = 400
     test_rows: int | None = None
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -218,20 +220,21 @@ _G2P = {
     "target_tokenizer": "misaki_bart_us/phoneme_tokenizer",
     "adapter": {"modules_to_save": ["shared"]},
 }
+_FAST = (4e-3, 8e-3, 1.6e-2)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("g2p", "seq2seq", "misaki_bart_us", "g2p_en_gb/train.jsonl", "g2p_en_gb/test.jsonl",
-             "word", "phonemes", "exact_match", 6000, 3, 64, settings=_G2P),
+             "word", "phonemes", "exact_match", 6000, 3, 64, rates=_FAST, settings=_G2P),
         Task("g2p20k", "seq2seq", "misaki_bart_us", "g2p_en_gb/train.jsonl",
              "g2p_en_gb/test.jsonl", "word", "phonemes", "exact_match", None, 3, 64,
-             settings=_G2P),
+             rates=_FAST, settings=_G2P),
         Task("trec", "classification", MINILM, "trec/train.jsonl", "trec/test.jsonl",
              "text", "coarse_name", "accuracy", 2000, 3),
         Task("sst2", "classification", MINILM, "sst2/train.jsonl", "sst2/test.jsonl",
              "sentence", "label", "accuracy", 2000, 3, test_rows=1000),
         Task("mrpc", "classification", MINILM, "mrpc/train.jsonl", "mrpc/test.jsonl",
-             ["sentence1", "sentence2"], "label", "accuracy", 2000, 3, max_length=96,
+             ["sentence1", "sentence2"], "label", "accuracy", 1200, 3, max_length=96,
              test_rows=1000),
         Task("cola", "classification", MINILM, "cola/train.jsonl", "cola/validation.jsonl",
              "sentence", "label", "matthews_correlation", 2000, 3),
