@@ -187,7 +187,7 @@ def test_the_exact_budget_replaces_the_default_mean_rank() -> None:
 
 def test_the_mode_of_scoring_chooses_its_own_defaults() -> None:
     online = RunConfig.from_dict(changed("quality", {"mode": "online"}))
-    assert (online.quality.fraction, online.quality.weights.loss_reduction) == (0.5, 0.0)
+    assert (online.quality.fraction, online.quality.weights.loss_reduction) == (1.0, 0.0)
     assert online.quality.weights.gradient_norm == online.quality.weights.convergence == 1.0
     none = RunConfig.from_dict(changed("quality", {"mode": "none"}))
     assert none.quality.fraction == 1.0
