@@ -16,11 +16,14 @@ from sklearn import metrics as sk
 from torch import nn
 
 import tiny_text as tiny
+from runs import classification_run
+from tsqlora.artefacts import read_lines
 from tsqlora.base_task import Task
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.generation import predict, references
 from tsqlora.losses import CAUSAL_LM, IGNORED
 from tsqlora.metrics import evaluate
+from tsqlora.pipeline import train
 from tsqlora.tasks import make_task
 
 TEXTS = [
@@ -334,3 +337,22 @@ def test_stories_are_likelier_than_chance_and_than_their_words_in_disorder(share
         losses.append(evaluate(task, task.load_model(), task.encode(rows, "x"), ())["loss"])
     assert losses[0] < losses[1]
     assert losses[0] < math.log(512) / 2
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("classification", "f1"), ("regression", "pearson")])
+def test_a_training_logs_the_metrics_of_its_own_evaluations(
+    tmp_path: Path, kind: str, metric: str
+) -> None:
+    """The last evaluation is of the trained model, as is the run's own."""
+    changes: dict[str, Any] = {"training.eval_strategy": "epoch", "quality.mode": "none"}
+    path = classification_run(tmp_path, 48, **changes, task=kind)
+    if kind == "regression":
+        for split in ("train", "validation"):
+            file = tmp_path / f"{split}.jsonl"
+            file.write_text(file.read_text().replace('"class ', "").replace('"}', "}"))
+    folder = train(path)
+    logged = [line for line in read_lines(folder / "train_log.jsonl") if f"eval_{metric}" in line]
+    final = json.loads((folder / "metrics.json").read_text())["validation"]
+    assert len(logged) == 2
+    assert logged[-1][f"eval_{metric}"] == pytest.approx(final[metric], abs=1e-4)
+    assert f"{metric}, validation" in (folder / "report.html").read_text().lower()

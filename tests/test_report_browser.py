@@ -166,12 +166,12 @@ def test_columns_sort_both_ways(page: Page, name: str) -> None:
 
 
 def test_numbers_are_those_that_were_scored(page: Page) -> None:
-    shown = [float(text) for text in page.texts("#samples-body tr > td:nth-child(3)")]
+    shown = [float(text) for text in page.texts("#samples-body tr > td:nth-child(6)")]
     np.testing.assert_allclose(shown, judged().loss[:50], rtol=6e-3)
     assert len(page.texts("#samples-head th")) == 9
     page.find("input[name=every]").click()
     heads = [text.strip(" ▲▼") for text in page.texts("#samples-head th")]
-    assert heads[4:8] == ["quality", "gradient norm", "loss reduction", "convergence"]
+    assert heads[7:11] == ["quality", "gradient norm", "loss reduction", "convergence"]
 
 
 def test_ids_of_what_is_shown_can_be_taken_away(page: Page) -> None:

@@ -12,7 +12,8 @@ from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from torch import nn
+from torch import Tensor, nn
+from transformers import EvalPrediction
 
 from tsqlora.base_task import Task
 from tsqlora.batches import batches, forward_logits
@@ -50,15 +51,40 @@ def evaluate(
     result = {"loss": loss}
     if "perplexity" in metrics:
         result["perplexity"] = math.exp(min(loss, 700.0))  # JSON has no infinity
-    if task.kind == CLASSIFICATION:
-        result |= _classification(predictions, targets, len(task.labels))
-    elif task.kind == REGRESSION:
-        result |= _regression(predictions, targets)
+    if task.kind in (CLASSIFICATION, REGRESSION):
+        result |= _of_predictions(task, predictions, targets)
     elif any(name in _GENERATED for name in metrics):
         texts = predict(task, model, encoded, batch_size)
         result |= _generation(texts, references(task, encoded), metrics)
     wanted = {"loss", *metrics, *(_ROUGE if "rouge" in metrics else ())}
     return {name: float(value) for name, value in result.items() if name in wanted}
+
+
+def in_training(task: Task, metrics: Sequence[str]) -> dict[str, Any]:
+    """Settings with which a Trainer logs them beside each `eval_loss`, from the same pass.
+
+    For classes and numbers; none for texts, which would have to be generated.
+    """
+    if task.kind not in (CLASSIFICATION, REGRESSION):
+        return {}
+
+    def computed(found: EvalPrediction) -> dict[str, float]:
+        outputs = np.asarray(found.predictions)
+        classes = task.kind == CLASSIFICATION
+        predicted = outputs.argmax(-1) if classes else outputs.reshape(-1)
+        result = _of_predictions(task, predicted, np.asarray(found.label_ids))
+        return {name: float(value) for name, value in result.items() if name in metrics}
+
+    def alone(outputs: Any, labels: Tensor) -> Tensor:
+        return outputs[0] if isinstance(outputs, tuple) else outputs  # BART gives states as well
+
+    return {"compute_metrics": computed, "preprocess_logits_for_metrics": alone}
+
+
+def _of_predictions(task: Task, predicted: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    if task.kind == CLASSIFICATION:
+        return _classification(predicted, true, len(task.labels))
+    return _regression(predicted, true)
 
 
 def _forward(

@@ -35,6 +35,7 @@ from tsqlora.finished import FinishedRun, finish, measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import load_trainable_state, trainable_state
 from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
+from tsqlora.metrics import in_training
 from tsqlora.online_training import keep_scores, pool_trainer
 from tsqlora.preflight import check_config, check_run
 from tsqlora.progress import Stages
@@ -259,6 +260,9 @@ class Run:
             eval_dataset=self.inputs.splits.validation,
             data_collator=self.inputs.task.collate,
             callbacks=[dynamic] if self.config.ranks.dynamic else [],
+            **in_training(
+                self.inputs.task, self.config.metrics or self.inputs.task.default_metrics
+            ),
         )
         self.stages("train", f"{len(sampler):,} samples an epoch")
         with counted(self.folder, "training", trainer.passes(), seconds_before(checkpoint)):

@@ -135,6 +135,11 @@ function columnsOf(samples) {
     extra: !["credibility", "loss", "drawn"].includes(name),
   });
   const columns = [{ name: "id", title: "id", look: "num", cell: (i) => String(samples.id[i]) }];
+  if (notes.texts) {
+    columns.push({ name: "text", title: "text", look: "say", cell: (i) => words(samples.text[i]) });
+    columns.push({ name: "target", title: "target", look: "target", cell: (i) => words(targetOf(samples, i)) });
+    if (notes.predicts) columns.push({ name: "prediction", title: "prediction", look: "target", cell: predicted });
+  }
   columns.push(...Object.keys(notes.numbers).map(number));
   const credibility = columns.find((column) => column.name === "credibility");
   if (credibility) {
@@ -142,11 +147,7 @@ function columnsOf(samples) {
       samples.credibility[i].toFixed(2), ...(samples.flags[i] & DOUBTFUL ? [" ", flag("wrong?")] : [])];
   }
   columns.push({ name: "selected", title: "selected", cell: (i) => (samples.flags[i] & SELECTED ? "yes" : "no") });
-  if (!notes.texts) return columns;
-  columns.push({ name: "target", title: "target", look: "target", cell: (i) => words(targetOf(samples, i)) });
-  if (notes.predicts) columns.push({ name: "prediction", title: "prediction", look: "target", cell: predicted });
   if (samples.kin.size) columns.push({ name: "group", title: "near-duplicate of", cell: kin });
-  columns.push({ name: "text", title: "text", look: "say", cell: (i) => words(samples.text[i]) });
   return columns;
 
   function predicted(i) {
