@@ -44,16 +44,20 @@ Key = tuple[str, str, str, int]
 
 
 def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
-    """Each cell that is not there yet, in turn."""
-    rates, there = read_rates(results), {key(line) for line in read_cells(results)}
-    wanted = [each for each in keys if each not in there]
-    for task, condition, method, seed in tqdm(wanted, desc="cells", unit="cell"):
+    """Each cell that is not there yet, in turn; others may run beside on other shares."""
+    rates = read_rates(results)
+    for task, condition, method, seed in tqdm(list(keys), desc="cells", unit="cell"):
+        there = {key(line): line for line in read_cells(results)}
+        if (task, condition, method, seed) in there:
+            continue
         rate = rates.get(f"{task}/{RATE_OF.get(method, method)}")
         if rate is None:
             raise ConfigError(
                 f"{results / RATES} has no rate for {method} on {task}: run `tune` first."
             )
         line = measured(task, condition, method, seed, rate, epochs)
+        plain = there.get((task, condition, "lora", seed))
+        line["seconds_ratio"] = round(line["seconds"] / plain["seconds"], 3) if plain else None
         with (results / CELLS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         tqdm.write(f"{task:6} {condition:12} {method:24} {seed} {line['metric']:.2f} "
@@ -153,6 +157,12 @@ def key(line: dict[str, Any]) -> Key:
     return line["task"], line["condition"], line["method"], line["seed"]
 
 
+def share(text: str) -> tuple[int, int]:
+    """ "2/3" as (2, 3)."""
+    first, of = map(int, text.split("/"))
+    return first, of
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("tune", "run", "tables"))
@@ -161,6 +171,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, less one")
     parser.add_argument("--epochs", type=float, help="another budget than the task's")
+    parser.add_argument(
+        "--share",
+        type=share,
+        default=(1, 1),
+        help="1/2 and 2/2: half of the cells in a process each",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where all of it is kept")
     given = parser.parse_args()
     logging.getLogger("tsqlora").setLevel(logging.WARNING)
@@ -169,7 +185,7 @@ def main() -> None:
     if given.what == "tune":
         tune(given.tasks, given.methods, given.epochs, given.results)
     elif given.what == "run":
-        order = [
+        order: list[Key] = [
             (task, condition, method, seed)
             for seed in range(given.seeds)
             for task in given.tasks
@@ -177,7 +193,8 @@ def main() -> None:
             for method in given.methods
             if condition != "clean" or not method.startswith("oracle")  # there it is plain LoRA
         ]
-        run(order, given.epochs, given.results)
+        first, of = given.share
+        run(order[first - 1 :: of], given.epochs, given.results)
     else:
         from evidence_tables import write_tables
 

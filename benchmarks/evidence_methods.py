@@ -7,8 +7,10 @@ cell's rows, scoring and whatever else it needs included.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +31,17 @@ from tsqlora.two_parts import first_steps
 Method = Callable[[Cell], Outcome]
 
 
-def tsqlora(**sections: Any) -> Method:
-    """TsqLoRA with these keys of the configuration, for the cell's budget in all."""
+def tsqlora(trusted: bool = False, part: float = 1.0, **sections: Any) -> Method:
+    """TsqLoRA with these keys of the configuration, for this part of the cell's budget in all.
+
+    `trusted` rows are trained on as well, as the baselines do.
+    """
 
     def method(cell: Cell) -> Outcome:
         own = {key: dict(section) for key, section in sections.items()}
-        if own.get("quality", {}).get("reference") == "trusted":
-            own["quality"]["reference"] = str(cell.folder / "data" / "trusted.jsonl")
-        steps = _steps_within(cell, own)
+        if trusted:
+            own["data"] = {"train": str(with_trusted(cell))}
+        steps = _steps_within(cell, own, part)
         config = cell.config(**{**own, "training": {"max_steps": steps}})
         started = time.perf_counter()
         run = Run.start(config)
@@ -51,10 +56,19 @@ def tsqlora(**sections: Any) -> Method:
     return method
 
 
-def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
-    """The most steps after scoring with which everything costs at most the budget."""
+def with_trusted(cell: Cell) -> Path:
+    """The training rows and the trusted ones, which look like any other."""
+    rows = [*cell.data.train, *cell.data.trusted]
+    path = cell.folder / "data" / "with_trusted.jsonl"
+    lines = [json.dumps({**row, "id": i}, ensure_ascii=False) for i, row in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
-    samples, trusted = len(cell.data.train), len(cell.data.trusted)
+
+def _steps_within(cell: Cell, sections: dict[str, Any], part: float = 1.0) -> int:
+    """The most steps after scoring with which everything costs at most `part` of the budget."""
+
+    samples = len(cell.data.train) + len(cell.data.trusted) * ("data" in sections)
     window = window_size(samples)
 
     def cost(steps: int) -> float:
@@ -64,7 +78,7 @@ def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
         scorer = Scorer(len, quality, batch_size=cell.task.batch)  # type: ignore[arg-type]
         scoring = 1.5 * min(drawn, SENSITIVITY_SAMPLES)
         if quality.mode == "upfront":
-            scoring += scorer.passes(cell.task.kind, samples, trusted if quality.reference else 0)
+            scoring += scorer.passes(cell.task.kind, samples)
         elif quality.mode == "online" and cell.task.kind not in FREE:
             windows = steps // max(1, window // cell.task.batch)
             scoring += 0.5 * windows * null_pairs(window)
@@ -73,7 +87,7 @@ def _steps_within(cell: Cell, sections: dict[str, Any]) -> int:
     low, high = 1, cell.steps
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= cell.budget else (low, middle - 1)
+        low, high = (middle, high) if cost(middle) <= part * cell.budget else (low, middle - 1)
     return low
 
 
@@ -98,32 +112,37 @@ def _judged(cell: Cell, run: Run) -> dict[str, Any]:
 
 
 _UNIFORM = {"min_rank": RANK, "max_rank": RANK, "dynamic": False}
-_NO_TERMS = {"gradient_norm": 0.0, "loss_reduction": 0.0, "convergence": 0.0}
+_RANDOM = {"start": "random"}
+_NOTHING = {"mode": "none"}
+_CREDIBILITY = {
+    "mode": "online",
+    "weights": {"gradient_norm": 0.0, "loss_reduction": 0.0, "convergence": 0.0},
+}
+_TERMS = {"mode": "online", "weights": {"gradient_norm": 1.0, "convergence": 1.0}}
 METHODS: dict[str, Method] = {
     "lora": lora,
-    "lora_random": lora_random,
     "oracle": oracle,
+    "tsqlora": tsqlora(quality=_CREDIBILITY),
+    "lora_trusted": lora_trusted,
+    "oracle_trusted": oracle_trusted,
+    "tsqlora_trusted": tsqlora(trusted=True, quality=_CREDIBILITY),
+    "tsqlora_quality_only": tsqlora(quality=_CREDIBILITY, ranks=_UNIFORM, adapter=_RANDOM),
+    "tsqlora_ranks_only": tsqlora(quality=_NOTHING),
+    "tsqlora_start_only": tsqlora(quality=_NOTHING, ranks=_UNIFORM),
+    "tsqlora_moving_only": tsqlora(quality=_NOTHING, adapter=_RANDOM),
+    "tsqlora_r4": tsqlora(quality=_CREDIBILITY, ranks={"mean_rank": RANK // 2}),
+    "tsqlora_06": tsqlora(part=0.6, quality=_CREDIBILITY),
+    "tsqlora_paper": tsqlora(quality={"preset": "paper"}, adapter=_RANDOM),
+    "tsqlora_terms": tsqlora(quality=_TERMS),
+    "lora_random": lora_random,
+    "lora_r4": lora_r4,
     "small_loss": small_loss,
     "infobatch": infobatch,
     "adalora": adalora,
     "eva": eva,
-    "lora_r4": lora_r4,
-    "tsqlora": tsqlora(),
-    "tsqlora_paper": tsqlora(quality={"preset": "paper"}),
-    "tsqlora_quality_only": tsqlora(ranks=_UNIFORM),
-    "tsqlora_credibility_only": tsqlora(quality={"weights": _NO_TERMS}, ranks=_UNIFORM),
-    "tsqlora_online": tsqlora(
-        quality={"mode": "online", "weights": _NO_TERMS, "adapt_steps": 0}, ranks=_UNIFORM
-    ),
-    "tsqlora_ranks_only": tsqlora(quality={"mode": "none", "adapt_steps": 0}),
-    "tsqlora_static_ranks": tsqlora(
-        quality={"mode": "none", "adapt_steps": 0}, ranks={"dynamic": False}
-    ),
-    "tsqlora_r4": tsqlora(ranks={"mean_rank": RANK // 2}),
-    "lora_trusted": lora_trusted,
-    "oracle_trusted": oracle_trusted,
-    "tsqlora_trusted": tsqlora(quality={"reference": "trusted"}),
 }
-RATE_OF = {"lora_r4": "lora", "lora_random": "lora", "oracle": "lora", "lora_trusted": "lora",
-           "oracle_trusted": "lora"}  # fmt: skip
-"""Methods that are plain LoRA on other rows take its rate; every other has its own."""
+RATE_OF = {
+    **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random", "lora_r4"), "lora"),
+    **dict.fromkeys(("tsqlora_trusted", "tsqlora_r4", "tsqlora_06", "tsqlora_terms"), "tsqlora"),
+}
+"""Whose rate a method takes: plain LoRA on other rows its own, the default's kin the default's."""

@@ -1,115 +1,41 @@
-"""The tables and plots of the evidence, from results/evidence.jsonl alone.
-
-A mean is over seeds, with its 95 % interval by Student's t. A difference is paired: the same task,
-condition and seed, so the same rows; its interval is a percentile bootstrap over the pairs, tasks
-drawn apart (stratified), so that a task with few seeds weighs as much as another.
-"""
+"""The tables and plots of the evidence, from results/evidence.jsonl alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from scipy import stats
+from evidence_claims import claims
+from evidence_data import CORE
+from evidence_stats import (
+    Cells,
+    Line,
+    bootstrap,
+    closed,
+    difference,
+    markdown,
+    mean_interval,
+)
 
-Line = dict[str, Any]
-DRAWS = 4000
 PLAIN = "lora"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    tasks: int = 0
-    pairs: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's interval of a mean; as wide as nothing known where there is one value."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Interval(mean, float("-inf"), float("inf"), pairs=count)
-    half = float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
-    return Interval(mean, mean - half, mean + half, pairs=count)
-
-
-class Cells:
-    """The metric of every cell by (task, condition, method, seed)."""
-
-    def __init__(self, lines: Sequence[Line]) -> None:
-        self.lines = {(x["task"], x["condition"], x["method"], x["seed"]): x for x in lines}
-
-    def values(self, task: str, condition: str, method: str) -> dict[int, float]:
-        """Metric by seed."""
-        return {
-            seed: line["metric"]
-            for (t, c, m, seed), line in self.lines.items()
-            if (t, c, m) == (task, condition, method)
-        }
-
-    def names(self, place: int) -> list[str]:
-        """All tasks (0), conditions (1) or methods (2), in the order they came."""
-        return list(dict.fromkeys(key[place] for key in self.lines))
-
-    def pairs(self, task: str, condition: str, *methods: str) -> np.ndarray:
-        """(seeds, methods): the seeds that all of them have."""
-        found = [self.values(task, condition, method) for method in methods]
-        seeds = sorted(set.intersection(*(set(values) for values in found)))
-        return np.array([[values[seed] for values in found] for seed in seeds])
-
-
-def bootstrap(
-    groups: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float]
-) -> Interval:
-    """The statistic of the groups (each (seeds, methods)), seeds drawn again within each group."""
-    groups = [group for group in groups if len(group)]
-    if not groups:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    rng = np.random.default_rng(0)
-    drawn = [
-        statistic([group[rng.integers(0, len(group), len(group))] for group in groups])
-        for _ in range(DRAWS)
-    ]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    pairs = sum(len(group) for group in groups)
-    return Interval(statistic(groups), float(low), float(high), len(groups), pairs)
-
-
-def difference(groups: Sequence[np.ndarray]) -> float:
-    """Mean over tasks of the mean over seeds of first − second."""
-    return float(np.mean([(group[:, 0] - group[:, 1]).mean() for group in groups]))
-
-
-def closed(groups: Sequence[np.ndarray]) -> float:
-    """Σ (method − plain) / Σ (oracle − plain) over tasks, in per cent: the part of the gap."""
-    gained = sum(float((group[:, 0] - group[:, 1]).mean()) for group in groups)
-    gap = sum(float((group[:, 2] - group[:, 1]).mean()) for group in groups)
-    return 100 * gained / gap if gap > 0 else float("nan")
 
 
 def metric_table(cells: Cells, task: str) -> str:
     """Methods down, conditions across: mean and interval, and the seeds."""
     conditions = [c for c in cells.names(1) if any(k[:2] == (task, c) for k in cells.lines)]
-    rows = [["method", *conditions, "cost", "parameters"]]
+    rows = [["method", *conditions, "cost", "seconds", "parameters"]]
     for method in cells.names(2):
         found = [cells.values(task, c, method) for c in conditions]
         if not any(found):
             continue
         lines = [x for k, x in cells.lines.items() if k[0] == task and k[2] == method]
         cost = float(np.mean([line["cost"] for line in lines]))
+        ratios = [x["seconds_ratio"] for x in lines if x.get("seconds_ratio")]
+        seconds = f"{np.median(ratios):.2f}" if ratios else ""
         parameters = round(float(np.mean([line["adapter_parameters"] for line in lines])))
         shown = [_shown(list(values.values())) if values else "" for values in found]
-        rows.append([f"`{method}`", *shown, f"{cost:.2f}", f"{parameters:,}"])
+        rows.append([f"`{method}`", *shown, f"{cost:.2f}", seconds, f"{parameters:,}"])
     return markdown(rows)
 
 
@@ -171,16 +97,11 @@ def found_table(cells: Cells) -> str:
     return markdown(rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
-
-
 def write_tables(lines: Sequence[Line], folder: Path) -> str:
     """evidence.md and plots in `folder`; returns the Markdown."""
     cells = Cells(lines)
-    parts = ["## Against plain LoRA, points, 95 % interval (tasks)", against_plain(cells)]
+    parts = ["## Claims", claims(cells, [task for task in CORE if task in cells.names(0)])]
+    parts += ["## Against plain LoRA, points, 95 % interval (tasks)", against_plain(cells)]
     parts += ["## Part of the gap to the oracle", gaps(cells)]
     parts += ["## Wrong targets found", found_table(cells)]
     for task in cells.names(0):

@@ -1,0 +1,86 @@
+"""The nine claims of issue 5, each with what was measured for it and whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from evidence_stats import Cells, Interval, bootstrap, closed, difference, markdown
+
+OURS = "tsqlora"
+HALF = "tsqlora_r4"
+HARM = -0.3
+FOUND = {"g2p": 0.95, "trec": 0.95, "sst2": 0.90}
+"""AUROC of credibility that is asked for, by task."""
+Row = tuple[str, str, str, str]
+
+
+def claims(cells: Cells, tasks: Sequence[str]) -> str:
+    """A line a claim: target, measured [95 % interval] (tasks, pairs), whether that says so.
+
+    `no` where it does not, `yes` where all of it is on the right side; nothing where no cell is
+    there yet. Fewer tasks than the core's make it a claim of those tasks alone.
+    """
+    head = ("claim", "target", "measured", "holds")
+    parts = (_gaps, _clean, _differences, _found)
+    return markdown([head, *(row for part in parts for row in part(cells, tasks))])
+
+
+def _gaps(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
+    for number, end, least in ((1, "_trusted", 90.0), (2, "", 80.0)):
+        for condition in ("wrong20", "wrong40"):
+            names = (OURS + end, "lora" + end, "oracle" + end)
+            groups = [cells.pairs(task, condition, *names) for task in tasks]
+            found, points = bootstrap(groups, closed), bootstrap(groups, difference)
+            words = f"{number}. {condition}{', 300 trusted' if end else ', none trusted'}"
+            shown = f"{_shown(found, ' %')}: {points} points" if found.tasks else ""
+            yield words, f"≥ {least:.0f} % of the gap", shown, _holds(found, least)
+
+
+def _clean(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
+    for task in tasks:
+        found = bootstrap([cells.pairs(task, "clean", OURS, "lora")], difference)
+        yield f"3. clean, {task}", f"≥ {HARM}", _shown(found), _holds(found, HARM)
+
+
+def _differences(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
+    for words, condition, method, other, least in (
+        ("4. clean, 0.6 of the cost − plain", "clean", "tsqlora_06", "lora", 0.0),
+        ("5. 50 % near-duplicates", "duplicates50", OURS, "lora", 1.0),
+        ("6. half the parameters − uniform r = 8", "clean", HALF, "lora", HARM),
+        ("6. half the parameters − uniform r = 4", "clean", HALF, "lora_r4", 0.0),
+        ("7. ranks alone − AdaLoRA", "clean", "tsqlora_ranks_only", "adalora", 0.0),
+        ("7. ranks alone − EVA", "clean", "tsqlora_ranks_only", "eva", 0.0),
+        ("7. ranks alone − uniform", "clean", "tsqlora_ranks_only", "lora", 0.0),
+    ):
+        found = bootstrap([cells.pairs(t, condition, method, other) for t in tasks], difference)
+        yield words, f"≥ {least}", _shown(found), _holds(found, least)
+
+
+def _found(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
+    for task in tasks:
+        if task not in FOUND:
+            continue
+        values = [
+            line["notes"]["auroc_credibility"]
+            for (t, condition, method, _), line in cells.lines.items()
+            if (t, method) == (task, OURS) and "auroc_credibility" in line["notes"]
+            and condition.startswith("wrong")
+        ]  # fmt: skip
+        found = bootstrap([np.array(values)], lambda groups: float(np.mean(groups[0])))
+        shown = f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] ({len(values)} cells)"
+        words = f"8. AUROC of credibility, {task}"
+        yield words, f"≥ {FOUND[task]}", shown * bool(values), _holds(found, FOUND[task])
+
+
+def _shown(found: Interval, unit: str = "") -> str:
+    if not found.tasks:
+        return ""
+    shown = f"{found.mean:.1f}{unit} [{found.low:.1f}, {found.high:.1f}]"
+    return f"{shown} ({found.tasks} tasks, {found.pairs} pairs)"
+
+
+def _holds(found: Interval, least: float) -> str:
+    if not found.tasks:
+        return ""
+    return "yes" if found.low >= least else "no"
