@@ -132,6 +132,19 @@ def test_a_stage_is_announced_once_and_is_not_there_already_when_it_was_done_jus
     assert caplog.messages == ["1/4 Score: there already", "2/4 Plan: ranks"]
 
 
+def test_a_stage_is_announced_where_nobody_has_set_logging_up_and_not_where_it_is_turned_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logger = logging.getLogger("tsqlora")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    Stages()("train", "60 samples an epoch")
+    assert capsys.readouterr().err == "3/4 Train: 60 samples an epoch\n"
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    Stages()("train", "60 samples an epoch")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_terminal_has_a_bar_with_a_name_a_count_a_rate_and_a_remaining_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 from tsqlora import processes
 from tsqlora.artefacts import atomic_write_json, os_errors, read_json, remove
 from tsqlora.interruption import handling, stop
+from tsqlora.progress import tell
 from tsqlora.seals import seal, why_broken
 
 logger = logging.getLogger("tsqlora")
@@ -75,7 +76,7 @@ def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
     trainer.add_callback(interrupted)
     trainer.add_callback(SealCallback(seconds_before(checkpoint)))
     if checkpoint is not None:
-        logger.info("    going on from step %s", _step(checkpoint))
+        tell(f"    going on from step {_step(checkpoint)}")
     with os_errors(trainer.args.output_dir or "."), handling(interrupted.interrupt):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupted.asked is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from tsqlora.losses import CLASSIFICATION, sample_losses, target_lengths
 from tsqlora.measuring import as_numpy
 from tsqlora.null import FREE
 from tsqlora.online import POSITION, OnlineScorer, Visits
+from tsqlora.progress import tell
 from tsqlora.quality import QualityScores
 from tsqlora.recording import Recorder, sample_weights, summed_loss
 from tsqlora.reported import of_samples
@@ -34,8 +34,6 @@ from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.selection import QualitySampler
 from tsqlora.training import PoolTrainer
-
-logger = logging.getLogger("tsqlora")
 
 STATE_FILE = "online.safetensors"
 REPORTED = "reported/"
@@ -216,7 +214,7 @@ def keep_scores(trainer: PoolTrainer, folder: RunFolder) -> None:
         with atomic_file(folder.scores) as file:
             scores.to_parquet(file)
         scored_inside(folder, inside, trainer.seconds, trainer.scoring.spent)
-        logger.info("    %s", scores.verdict)
+        tell(f"    {scores.verdict}")
 
 
 def refuse_shards(args: TrainingArguments, fsdp: bool, deepspeed: bool) -> None:

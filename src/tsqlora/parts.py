@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from tsqlora.artefacts import atomic_file, prepare_folder, remove_temporaries
 from tsqlora.columns import column, release
 from tsqlora.errors import RunError
+from tsqlora.progress import tell
 from tsqlora.seals import checksum
 
 logger = logging.getLogger("tsqlora")
@@ -59,7 +60,7 @@ class Parts:
                 logger.warning("%s is broken: it is measured again.", file)
                 file.unlink()
         if there := len(self.there()):
-            logger.info("    going on: %d parts are measured already", there)
+            tell(f"    going on: {there} parts are measured already")
 
     def there(self) -> set[int]:
         """The numbers of the parts that are there."""

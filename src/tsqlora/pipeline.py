@@ -38,7 +38,7 @@ from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.metrics import in_training
 from tsqlora.online_training import keep_scores, pool_trainer
 from tsqlora.preflight import check_config, check_run
-from tsqlora.progress import Stages
+from tsqlora.progress import Stages, tell
 from tsqlora.quality import QualityScores
 from tsqlora.rank_rules import MARGINAL_GAIN
 from tsqlora.report import write_report
@@ -173,7 +173,7 @@ class Run:
             scores.to_parquet(file)
         self.folder.mark_done("scores", inputs)
         effective = scores.effective_samples / len(scores.ids)
-        logger.info("    %s; effective share of the pool %.0f %%", scores.verdict, 100 * effective)
+        tell(f"    {scores.verdict}; effective share of the pool {100 * effective:.0f} %")
 
     def sensitivity(self) -> LayerSensitivity:
         """Stage 2: the sensitivity of every layer on the selected samples."""

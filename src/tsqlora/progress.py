@@ -34,7 +34,7 @@ class Stages:
         """Say what a stage begins to do."""
         if what not in self._said[stage]:
             number = f"{STAGES.index(stage) + 1}/{len(STAGES)}"
-            logger.info("%s %s: %s", number, stage.capitalize(), what)
+            tell(f"{number} {stage.capitalize()}: {what}")
         self._said[stage].add(what)
 
     def there(self, stage: str) -> None:
@@ -161,6 +161,14 @@ def in_notebook() -> bool:
     """Whether this runs in the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
+
+
+def tell(text: str) -> None:
+    """Log a line; say it where nobody has set logging up, as in a notebook."""
+    if logger.level == logging.NOTSET and not logging.getLogger().handlers:
+        say(text)
+    else:
+        logger.info(text)
 
 
 def say(text: str) -> None:

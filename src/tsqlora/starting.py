@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from tsqlora.config import RunConfig
 from tsqlora.export import export_adapter
 from tsqlora.initial import InitialAdapter
 from tsqlora.lora_layers import PEFT_TASK_TYPES, lora_modules, wrap
+from tsqlora.progress import tell
 from tsqlora.tasks import auto_model
 from tsqlora.two_parts import uniform_config
-
-logger = logging.getLogger("tsqlora")
 
 
 def initial_adapter(config: RunConfig) -> InitialAdapter | None:
@@ -76,9 +74,7 @@ def planned_model(
         factors = [state[n] for n in sorted(state) if "lora_" in n]
         there = sum(map(_square, factors[::2], factors[1::2]))
         kept = sum(_square(m.a.weight, m.b.weight) for m in lora_modules(model))
-        logger.info(
-            "    the plan keeps %.1f %% of ‖BA‖² of adapter.init", 100 * kept / (there or 1)
-        )
+        tell(f"    the plan keeps {100 * kept / (there or 1):.1f} % of ‖BA‖² of adapter.init")
     return model
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from tsqlora.progress import Progress
-
-logger = logging.getLogger("tsqlora")
+from tsqlora.progress import Progress, tell
 
 
 class StepProgress(TrainerCallback):
@@ -66,15 +63,16 @@ class StepProgress(TrainerCallback):
         if "train_loss" in logs:
             self._loss = f", mean loss {logs['train_loss']:.4g}"
         if "eval_loss" in logs and state.is_world_process_zero:
-            logger.info("    step %d: eval_loss %.4g", state.global_step, logs["eval_loss"])
+            tell(f"    step {state.global_step}: eval_loss {logs['eval_loss']:.4g}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say what it took."""
-        if self._steps is not None and state.is_world_process_zero:
-            logger.info("    %s%s", self._steps.took(), self._loss)
+        took = None if self._steps is None else self._steps.took()
         self.close()
+        if took is not None and state.is_world_process_zero:
+            tell(f"    {took}{self._loss}")
 
     def close(self) -> None:
         """Take the bars away, also after an error."""
