@@ -48,6 +48,18 @@ class Page:
         data = self.run("return {...document.documentElement.dataset}")
         return int(data["samples"]) / 1000, int(data["ready"]) / 1000
 
+    def busy(self, report: Path) -> float:
+        """Seconds of the page's main thread on a processor until the file is open and drawn."""
+        self.driver.get("about:blank")
+        self.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+        before = self._spent()
+        self.load(report)
+        return self._spent() - before
+
+    def _spent(self) -> float:
+        found = self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return float(next(m["value"] for m in found if m["name"] == "TaskDuration"))
+
     def run(self, script: str, *arguments: Any) -> Any:
         """What a script returns."""
         return self.driver.execute_script(script, *arguments)
