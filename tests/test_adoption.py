@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -20,7 +21,7 @@ from tsqlora.adapter import active_ranks
 from tsqlora.config import QualityConfig
 from tsqlora.dynamic_rank import RankSchedule
 from tsqlora.errors import ConfigError, DataError, ModelError, TrainingError
-from tsqlora.lora_layers import trainable_state
+from tsqlora.lora_layers import lora_modules, trainable_state
 from tsqlora.selection import draw, unscored
 
 SAMPLES, FRACTION = 24, 0.5
@@ -159,6 +160,14 @@ def test_ids_that_are_no_whole_numbers_are_row_numbers(ids: list[Any]) -> None:
     assert len(tsq.select_samples(rows, scores, FRACTION)) == SAMPLES * FRACTION
 
 
+def test_scores_of_a_file_by_its_rows_fit_rows_with_numbers_of_their_own() -> None:
+    own = pool().remove_columns("id").add_column("id", list(range(100, 100 + SAMPLES)))
+    assert len(tsq.select_samples(own, scores_of(), FRACTION))
+    moved = own.select([1, 0, *range(2, SAMPLES)])
+    with pytest.raises(DataError, match="Row 0 of the data set has id 101"):
+        tsq.select_samples(moved, replace(scores_of(), ids=np.array(own["id"])))
+
+
 def padding_free(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """All rows one after the other, as TRL does it."""
     flat = {k: [v for row in rows for v in row[k]] for k in ("input_ids", "labels")}
@@ -197,6 +206,16 @@ def test_a_loop_of_ones_own_has_room_to_grow_and_the_budget_holds() -> None:
     ended = active_ranks(model)
     assert max(ended.values()) > 3, "some module has more than it was given"
     assert sum(ended[m.name] * sum(m.shape) for m in ranks.modules) <= ranks.budget
+
+
+def test_room_to_grow_leaves_the_users_own_configuration_as_it_is(tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS")
+    for _ in range(2):  # as in a search over settings
+        model = get_peft_model(tiny_model("bert"), config)
+        Trainer(model, arguments(tmp_path), callbacks=[tsq.DynamicRankCallback()])
+        assert {m.rank for m in lora_modules(model)} == {5}
+        assert model.peft_config["default"].r == 5
+    assert (config.r, config.rank_pattern) == (3, {})
 
 
 def test_headroom_that_comes_too_late_is_refused() -> None:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from tsqlora.allocation import RankPlan, pattern_key
 from tsqlora.errors import ConfigError, ModelError, TrainingError
-from tsqlora.lora_layers import LoraModule, lora_modules
+from tsqlora.lora_layers import LoraModule, clone_config, lora_modules
 from tsqlora.optimizer_state import keep_state, state_of, zero_state
 from tsqlora.sharded import is_sharded, set_parameter, whole, zero_gradient
 
@@ -175,7 +175,9 @@ def set_physical_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
 
 def _tell_config(model: nn.Module, modules: Sequence[LoraModule]) -> None:
-    config: LoraConfig = model.peft_config[modules[0].adapter]  # type: ignore[index,assignment]
+    configs: dict[str, LoraConfig] = model.peft_config  # type: ignore[assignment]
+    adapter = modules[0].adapter
+    config = configs[adapter] = clone_config(configs[adapter])  # that of the user stays as it is
     set_patterns(config, {m.name: m.rank for m in modules}, {m.name: m.scale for m in modules})
 
 

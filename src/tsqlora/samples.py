@@ -62,6 +62,8 @@ def score_samples(
         DataError: there is no row, or the batches hold no labels, or samples cannot be told apart.
         TrainingError: losses or gradients are not finite.
     """
+    if together:
+        processes.join()  # as nothing has done yet in a Trainer's script
     scorer = Scorer(collator, quality or QualityConfig(), learning_rate, batch_size, seed)
     model = unwrapped(model)
     require_samples(model, dataset, collator)
