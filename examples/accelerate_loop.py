@@ -38,6 +38,7 @@ def main() -> None:
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True), remove_columns="text")
     collator = DataCollatorWithPadding(tokenizer)
     model = AutoModelForSequenceClassification.from_pretrained(asked.model, num_labels=classes)
+    model.to(accelerator.device)
 
     scores = tsq.score_samples(model, rows, collator, together=True)
     chosen = tsq.select_samples(rows, scores, fraction=0.5)

@@ -204,7 +204,7 @@ def test_the_notebook_lists_the_labels_that_were_planted(tmp_path: Path) -> None
     share, first = re.fullmatch(r"(\d+)% of the first (\d+)\n", said).groups()  # type: ignore[union-attr]
     assert int(first) == 80
     assert int(share) >= 80
-    assert (tmp_path / "likely_wrong.csv").read_text().startswith("row,text,label,model_says,")
+    assert (tmp_path / "ranked.csv").read_text().startswith("row,text,label,model_says,")
 
 
 def chats(rows: int = 24) -> list[dict[str, Any]]:
