@@ -20,6 +20,7 @@ from tsqlora.online_training import OnlineTrainer
 from tsqlora.selection import rounds
 
 WRONG = 0.2
+EVERY = np.arange(500)
 
 
 def window(samples: int, wrong: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Null]:
@@ -35,14 +36,14 @@ def test_a_window_tells_wrong_targets_and_weighs_what_comes_after_by_them() -> N
     judge = Judge(1000)
     loss, bad, null = window(500, WRONG)
     group = np.zeros(500, dtype=np.int32)
-    assert (judge.weights(loss, group) == 1).all(), "nothing is known before"
+    assert (judge.weights(EVERY, loss, group) == 1).all(), "nothing is known before"
     judge.close(np.arange(500), loss, group, null)
     assert judge.wrong_share == pytest.approx(WRONG, abs=0.05)
     assert judge.verdict.startswith("about ")
     assert judge.credibility[:500][bad].mean() < 0.2 < 0.9 < judge.credibility[:500][~bad].mean()
     assert (judge.credibility[500:] == 1).all(), "those not visited yet"
     later, wrong, _ = window(300, WRONG, seed=1)
-    weights = judge.weights(later, group[:300])
+    weights = judge.weights(EVERY[:300] + 500, later, group[:300])
     assert weights[wrong].mean() < 0.2 < 0.9 < weights[~wrong].mean()
     assert weights.min() >= LOWEST
 
@@ -52,18 +53,35 @@ def test_clean_windows_leave_every_weight_at_exactly_one() -> None:
     loss, _, null = window(500, 0.0)
     judge.close(np.arange(500), loss, np.zeros(500, dtype=np.int32), null)
     assert (judge.credibility == 1).all()
-    assert (judge.weights(np.full(3, 9.0), np.zeros(3, dtype=np.int32)) == 1).all()
+    assert (judge.weights(EVERY[:3], np.full(3, 9.0), np.zeros(3, dtype=np.int32)) == 1).all()
     assert judge.verdict == "no sign of wrong targets"
 
 
-def test_a_window_of_a_model_that_knows_nothing_judges_nothing_and_forgets_the_last_curve() -> None:
+def test_a_window_of_a_model_that_knows_nothing_changes_no_verdict() -> None:
     judge = Judge(500)
-    loss, _, null = window(500, WRONG)
+    loss, bad, null = window(500, WRONG)
     group = np.zeros(500, dtype=np.int32)
-    judge.close(np.arange(500), loss, group, null)
-    judge.close(np.arange(500), np.random.default_rng(2).normal(3, 0.5, 500), group, null)
-    assert (judge.weights(loss, group) == 1).all()
-    assert np.isnan(judge.wrong_share)
+    judge.close(EVERY, loss, group, null)
+    before = judge.credibility.copy()
+    judge.close(EVERY, np.random.default_rng(2).normal(3, 0.5, 500), group, null)
+    np.testing.assert_array_equal(judge.credibility, before)
+    weights = judge.weights(EVERY, np.where(bad, 3.0, 0.1), group)
+    assert weights[bad & (before < 0.5)].max() < 0.5, "those doubted are still doubted"
+    assert (weights[before == 1] == 1).all()
+
+
+def test_where_nothing_looks_wrong_any_more_only_the_doubted_are_judged_by_the_last_curve() -> None:
+    judge = Judge(1000)
+    loss, bad, null = window(500, WRONG)
+    group = np.zeros(500, dtype=np.int32)
+    judge.close(EVERY, loss, group, null)
+    doubted = np.flatnonzero(judge.credibility < 0.5)[:6]
+    mostly_sound = np.concatenate([doubted, 500 + np.arange(494)])
+    later = np.where(np.arange(500) < 3, 3.0, 0.05)  # half of the doubted turn out sound
+    judge.close(mostly_sound, later, group, null)
+    assert (judge.credibility[doubted[:3]] < 0.5).all()
+    assert (judge.credibility[doubted[3:]] > 0.9).all()
+    assert (judge.credibility[500:994] == 1).all()
 
 
 def test_the_state_of_a_judge_comes_back_the_same() -> None:
@@ -72,7 +90,9 @@ def test_the_state_of_a_judge_comes_back_the_same() -> None:
     group = np.zeros(500, dtype=np.int32)
     judge.close(np.arange(500), loss, group, null)
     other.load(judge.state())
-    np.testing.assert_array_equal(other.weights(loss, group), judge.weights(loss, group))
+    np.testing.assert_array_equal(
+        other.weights(EVERY, loss, group), judge.weights(EVERY, loss, group)
+    )
     np.testing.assert_array_equal(other.credibility, judge.credibility)
     assert other.verdict == judge.verdict
 
@@ -121,7 +141,7 @@ class Doubts(Judge):
         super().__init__(10)
         self.curve, self.credit = np.ones(1), credit
 
-    def weights(self, loss: np.ndarray, group: np.ndarray) -> np.ndarray:
+    def weights(self, positions: np.ndarray, loss: np.ndarray, group: np.ndarray) -> np.ndarray:
         return np.array([self.credit.get(int(g), 1.0) for g in group])
 
 

@@ -3,7 +3,7 @@
 Losses fall as a training goes on, so a sample's loss says whether its target is right only beside
 what wrong targets cost at that time. After every window of visits (a sixth of the pool; N samples)
 the window's losses and its own null give u and c(u) (`credibility.py`): the verdict on the samples
-visited in it. Until the next window ends, the same c(u) weighs every sample in the loss itself,
+visited in it. Until the next window ends the same c(u) weighs every sample in the loss itself,
 
     L = Σ c_i n_i ℓ_i / Σ n_i        (n_i the sample's labels or target tokens),
 
@@ -47,38 +47,54 @@ class Judge:
     Attributes:
         credibility: c_i of the window that i was last visited in (N), 1 before.
         judged: which samples a window has judged (N).
-        curve: c(u) of the last window on a grid (GRID); empty where it says nothing.
-        null: that window's.
+        curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
+        fresh: whether that was the last window of all.
+        null: of the last window that was judged.
     """
 
     def __init__(self, samples: int) -> None:
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
-        self.curve, self.null = np.zeros(0), Null()
+        self.curve, self.fresh, self.null = np.zeros(0), False, Null()
 
-    def weights(self, loss: Floats, group: Ints) -> Floats:
-        """c_i (n) of a batch that is being trained on, by the last window; at least `LOWEST`."""
+    def weights(self, positions: Ints, loss: Floats, group: Ints) -> Floats:
+        """c_i (n) of a batch that is being trained on, by the last curve; at least `LOWEST`.
+
+        Where the last window found nothing wrong, samples that were never doubted have 1.
+        """
         if len(self.curve) == 0:
             return np.ones(len(loss))
-        u = null_percentiles(loss, group, self.null.loss, self.null.group)
-        return np.maximum(np.interp(u, np.linspace(0, 1, GRID), self.curve), LOWEST)
+        found = self._along(null_percentiles(loss, group, self.null.loss, self.null.group))
+        if not self.fresh:
+            found[self.credibility[positions] == 1] = 1.0
+        return np.maximum(found, LOWEST)
 
     def close(
         self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None
     ) -> Credibility:
         """Judge the samples of a window that has ended, at `positions` in the pool.
 
-        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them.
+        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. A window
+        in which nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those
+        doubted before by the curve that doubted them; one that says nothing changes nothing.
         """
         u = null_percentiles(loss, group, null.loss, null.group)
         found = from_null(u, classes)
-        self.credibility[positions], self.judged[positions] = found.values, found.known
-        self.null, self.curve = null, np.zeros(0)
-        if (found.values < 1).any():
+        self.fresh = bool((found.values < 1).any())
+        if not found.known:
+            return found
+        self.null, self.judged[positions] = null, True
+        if self.fresh:
             order = np.argsort(u, kind="stable")
-            grid = np.linspace(0, 1, GRID)
             falling = np.minimum.accumulate(found.values[order])
-            self.curve = np.interp(grid, u[order], falling)
+            self.curve = np.interp(np.linspace(0, 1, GRID), u[order], falling)
+            self.credibility[positions] = found.values
+        elif len(self.curve):
+            doubted = self.credibility[positions] < 1
+            self.credibility[positions[doubted]] = self._along(u[doubted])
         return found
+
+    def _along(self, u: Floats) -> Floats:
+        return np.interp(u, np.linspace(0, 1, GRID), self.curve)
 
     @property
     def wrong_share(self) -> float:
@@ -101,6 +117,7 @@ class Judge:
             "judge.credibility": self.credibility,
             "judge.judged": self.judged,
             "judge.curve": self.curve,
+            "judge.fresh": np.asarray([self.fresh]),
             "judge.null_loss": self.null.loss,
             "judge.null_group": self.null.group,
         }
@@ -109,7 +126,7 @@ class Judge:
         """Put `state` back."""
         self.credibility = state["judge.credibility"].copy()
         self.judged = state["judge.judged"].copy()
-        self.curve = state["judge.curve"]
+        self.curve, self.fresh = state["judge.curve"], bool(state["judge.fresh"][0])
         self.null = Null(state["judge.null_loss"], state["judge.null_group"])
 
 

@@ -29,9 +29,9 @@ from tsqlora.selection import drawn, unscored
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
-NULL_SHARE = 16
+NULL_SHARE = 10
 """In each window, one mismatched pair for so many visits shows what wrong targets cost."""
-NULL_WINDOWS = 4
+NULL_WINDOWS = 2
 """Pairs of so many last windows make generation's null."""
 OTHERS = 4
 """Wrong labels that each stored output meets, where the null takes no pass."""

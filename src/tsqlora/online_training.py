@@ -166,19 +166,21 @@ class OnlineTrainer(PoolTrainer):
         if not spare:
             logits = outputs["logits"]
             losses = sample_losses(self.kind, logits.detach(), labels)
-            credit = self._credited(logits, losses, labels)
+            credit = self._credited(positions, logits, losses, labels)
             self._batch = self._noted(positions, labels, losses, logits.detach(), loss.detach())
             self._batch.weights = self._batch.weights * credit
             loss.register_hook(self._batch.scaled)
         return (loss, outputs) if return_outputs else loss
 
-    def _credited(self, logits: Tensor, losses: Tensor, labels: Tensor) -> Tensor:
+    def _credited(
+        self, positions: Tensor, logits: Tensor, losses: Tensor, labels: Tensor
+    ) -> Tensor:
         """c_i (n), by which each sample's gradient is multiplied on its way from the loss."""
         judge = self.scoring.judge
         if len(judge.curve) == 0:
             return torch.ones_like(losses)
         classes = labels if self.kind == CLASSIFICATION else torch.zeros_like(losses).long()
-        found = judge.weights(as_numpy(losses), as_numpy(classes))
+        found = judge.weights(*map(as_numpy, (positions, losses, classes)))
         credit = torch.as_tensor(found, dtype=losses.dtype, device=losses.device)
         shape = (-1, *[1] * (logits.dim() - 1))
         logits.register_hook(lambda gradient: gradient * credit.view(shape).to(gradient.dtype))
