@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from evidence_plain import lora, lora_r4, lora_random, lora_trusted, oracle, ora
 from evidence_rivals import adalora, eva, infobatch, small_loss
 from sklearn.metrics import roc_auc_score
 
-from tsqlora.judging import window_size
+from tsqlora.judging import window_ends
 from tsqlora.null import FREE
 from tsqlora.online import null_pairs
 from tsqlora.pipeline import SENSITIVITY_SAMPLES, Run
@@ -69,7 +70,6 @@ def _steps_within(cell: Cell, sections: dict[str, Any], part: float = 1.0) -> in
     """The most steps after scoring with which everything costs at most `part` of the budget."""
 
     samples = len(cell.data.train) + len(cell.data.trusted) * ("data" in sections)
-    window = window_size(samples)
 
     def cost(steps: int) -> float:
         config = cell.config(**{**sections, "training": {"max_steps": steps}})
@@ -80,8 +80,8 @@ def _steps_within(cell: Cell, sections: dict[str, Any], part: float = 1.0) -> in
         if quality.mode == "upfront":
             scoring += scorer.passes(cell.task.kind, samples)
         elif quality.mode == "online" and cell.task.kind not in FREE:
-            windows = steps // max(1, window // cell.task.batch)
-            scoring += 0.5 * windows * null_pairs(window)
+            ends = [0, *window_ends(samples, steps * cell.task.batch, cell.task.batch)]
+            scoring += 0.5 * sum(null_pairs(end - start) for start, end in pairwise(ends))
         return (first.steps + steps) * cell.task.batch + scoring
 
     low, high = 1, cell.steps

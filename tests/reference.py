@@ -171,10 +171,10 @@ def looped_duplicates(
     return groups
 
 
-def inclusion_one_by_one(credibility: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """q_i = c_i / max(1, Σ c_j over the samples j of i's group)."""
+def inclusion_one_by_one(wanted: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """q_i = d_i / max(1, Σ d_j over the samples j of i's group)."""
     found = []
-    for c, group in zip(credibility, groups, strict=True):
-        total = sum(float(o) for o, g in zip(credibility, groups, strict=True) if g == group)
-        found.append(float(c) / max(1.0, total))
+    for d, group in zip(wanted, groups, strict=True):
+        total = sum(float(o) for o, g in zip(wanted, groups, strict=True) if g == group)
+        found.append(float(d) / max(1.0, total))
     return found

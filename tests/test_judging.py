@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from reference import inclusion_one_by_one
 from test_online import trainer_of
 from tiny import KINDS
-from tsqlora.judging import LOWEST, Judge, Null, inclusion, window_size
+from tsqlora.credibility import drawable
+from tsqlora.judging import COMEBACK, LOWEST, Judge, Null, inclusion, window_ends
 from tsqlora.online_training import OnlineTrainer
 from tsqlora.selection import rounds
 
@@ -72,7 +73,7 @@ def test_a_window_of_a_model_that_knows_nothing_changes_no_verdict() -> None:
 
 def test_where_nothing_looks_wrong_any_more_only_the_doubted_are_judged_by_the_last_curve() -> None:
     judge = Judge(1000)
-    loss, bad, null = window(500, WRONG)
+    loss, _, null = window(500, WRONG)
     group = np.zeros(500, dtype=np.int32)
     judge.close(EVERY, loss, group, null)
     doubted = np.flatnonzero(judge.credibility < 0.5)[:6]
@@ -104,8 +105,8 @@ def test_inclusion_counts_a_group_of_duplicates_as_one_sample(
     credibility = np.array([c for c, _ in rows])
     groups = np.array([g for _, g in rows])
     found = inclusion(credibility, groups)
-    np.testing.assert_allclose(found, inclusion_one_by_one(credibility, groups), atol=1e-12)
-    assert (found <= credibility + 1e-12).all()
+    wanted = np.where(drawable(credibility), 1.0, COMEBACK * credibility)
+    np.testing.assert_allclose(found, inclusion_one_by_one(wanted, groups), atol=1e-12)
     for group in set(groups.tolist()):
         assert found[groups == group].sum() <= 1 + 1e-9
 
@@ -127,9 +128,14 @@ def test_rounds_hold_samples_as_often_as_their_inclusion_says() -> None:
     np.testing.assert_allclose(counts / counts[0], wanted, atol=0.05)
 
 
-@pytest.mark.parametrize(("samples", "size"), [(100, 100), (1000, 320), (6000, 1000)])
-def test_a_window_is_a_sixth_of_the_pool_and_not_too_small(samples: int, size: int) -> None:
-    assert window_size(samples) == size
+def test_windows_grow_with_the_training_to_a_sixth_of_the_pool() -> None:
+    ends = window_ends(6000, 12_000, 64)
+    sizes = np.diff([0, *ends])
+    assert ends[0] == 320
+    assert all(end % 64 == 0 for end in ends)
+    assert (np.diff(sizes[:-1]) >= -64).all()
+    assert sizes.max() <= 1000 + 64
+    assert window_ends(100, 250, 10) == [100, 200], "a small pool is one window"
 
 
 class Doubts(Judge):

@@ -1,14 +1,16 @@
 """Credibility while a model is being trained, window by window. NumPy only.
 
 Losses fall as a training goes on, so a sample's loss says whether its target is right only beside
-what wrong targets cost at that time. After every window of visits (a sixth of the pool; N samples)
-the window's losses and its own null give u and c(u) (`credibility.py`): the verdict on the samples
-visited in it. Until the next window ends the same c(u) weighs every sample in the loss itself,
+what wrong targets cost at that time. When a window of visits ends, its losses and its own null give
+u and c(u) (`credibility.py`): the verdict on the samples visited in it. Until the next one ends the
+same c(u) decides on every sample in the loss itself,
 
-    L = Σ c_i n_i ℓ_i / Σ n_i        (n_i the sample's labels or target tokens),
+    L = Σ w_i n_i ℓ_i / Σ n_i,    w_i = 1 if c(u_i) ≥ 0.7 else 0.001
 
-so that a wrong target is not learnt even when it is first seen. Where the window says nothing, or
-nothing is wrong, c = 1 and the training is the plain one, bit for bit.
+(n_i the sample's labels or target tokens), so that a wrong target is not learnt even when it is
+first seen. Where a window says nothing, or nothing is wrong, w = 1 and the training is the plain
+one, bit for bit. Judged at every step instead, a model that knows nothing yet passes the guards of
+`credibility.py` by chance and collapses (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -18,19 +20,38 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tsqlora.credibility import Credibility, Floats, Ints, from_null, null_percentiles
+from tsqlora.credibility import (
+    CREDIBLE,
+    Credibility,
+    Floats,
+    Ints,
+    drawable,
+    from_null,
+    null_percentiles,
+)
 
 LEAST, PART = 320, 6
-"""A window is a PART-th of the pool, at least so many visits (or the whole pool)."""
+"""A window is at most a PART-th of the pool, at least so many visits (or the whole pool)."""
 LOWEST = 1e-3
-"""c in the loss is at least this, so that a sample's own gradient can still be told."""
+"""w of a doubted sample: not 0, so that its own gradient can still be told."""
+COMEBACK = 0.5
+"""Of a doubted sample, the part of c_i with which it is in a round of the draw."""
 GRID = 257
 """Points of u between which c(u) is interpolated."""
 
 
-def window_size(samples: int) -> int:
-    """Visits in a window."""
-    return min(samples, max(LEAST, samples // PART))
+def window_size(samples: int, visits: int) -> int:
+    """Visits in the window that begins after so many: half as many, as losses fall fast at first,
+    within the bounds."""
+    return min(samples, max(LEAST, min(visits // 2, samples // PART)))
+
+
+def window_ends(samples: int, visits: int, step: int) -> list[int]:
+    """The visits after which a window ends, of so many in steps of `step` visits."""
+    ends = [0]
+    while (end := ends[-1] + window_size(samples, ends[-1])) <= visits:
+        ends.append(-(-end // step) * step)
+    return [end for end in ends[1:] if end <= visits]
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class Judge:
         self.curve, self.fresh, self.null = np.zeros(0), False, Null()
 
     def weights(self, positions: Ints, loss: Floats, group: Ints) -> Floats:
-        """c_i (n) of a batch that is being trained on, by the last curve; at least `LOWEST`.
+        """w_i (n) of a batch that is being trained on, by the last curve.
 
         Where the last window found nothing wrong, samples that were never doubted have 1.
         """
@@ -66,7 +87,7 @@ class Judge:
         found = self._along(null_percentiles(loss, group, self.null.loss, self.null.group))
         if not self.fresh:
             found[self.credibility[positions] == 1] = 1.0
-        return np.maximum(found, LOWEST)
+        return np.where(found >= CREDIBLE, 1.0, LOWEST)
 
     def close(
         self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None
@@ -131,10 +152,12 @@ class Judge:
 
 
 def inclusion(credibility: Floats, duplicates: Ints) -> Floats:
-    """How likely each sample is in a round of the draw (N): q_i = c_i / max(1, Σ_{j ~ i} c_j).
+    """How likely each sample is in a round of the draw (N): q_i = d_i / max(1, Σ_{j ~ i} d_j).
 
-    The sum is over its group of near-duplicates, so that a group counts as one sample, and a wrong
-    copy hands its part to the others.
+    d_i is 1 where the sample may be drawn (`credibility.drawable`), else c_i / 2, so that it comes
+    back now and then and may be judged again. The sum is over its group of near-duplicates, so that
+    a group counts as one sample, and a wrong copy hands its part to the others.
     """
-    total = np.bincount(duplicates, weights=credibility)[duplicates]
-    return credibility / np.maximum(total, 1.0)
+    wanted = np.where(drawable(credibility), 1.0, COMEBACK * credibility)
+    total = np.bincount(duplicates, weights=wanted)[duplicates]
+    return wanted / np.maximum(total, 1.0)

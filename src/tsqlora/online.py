@@ -1,9 +1,9 @@
 """Scores from the training itself: the last measurement of every sample, and what follows from it.
 
-In the first epoch all samples are drawn alike, near-duplicates as one. A window of visits judges
-the targets (`judging.py`), and every next epoch is drawn by that: where no gradient term is asked
-for, each sample is in a round of the draw with probability q_i, so that a doubtful one comes back
-now and then and may be judged again; else by p_i of `quality.py` times its share among duplicates.
+In the first epoch all samples are drawn alike, near-duplicates as one. Windows of visits judge the
+targets (`judging.py`), and every next epoch is drawn by that: where no gradient term is asked for,
+each sample is in a round of the draw with probability q_i (`judging.inclusion`); else samples are
+drawn by p_i of `quality.py` times their share among duplicates.
 """
 
 from __future__ import annotations
@@ -157,13 +157,15 @@ class OnlineScorer:
         self.judge = Judge(len(rows))
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
-        self.spent, self._windows = 0.0, 0
+        self.spent, self._windows, self._ends = 0.0, 0, window_size(len(rows), 0)
         self._pairs: list[Null] = []
 
-    @property
-    def window(self) -> int:
-        """Visits after which targets are judged."""
-        return window_size(len(self.rows))
+    def window_ends(self, visits: int) -> bool:
+        """Whether a window has ended after so many visits; the next one begins then."""
+        if visits < self._ends:
+            return False
+        self._ends = visits + window_size(len(self.rows), visits)
+        return True
 
     def close_window(self, visits: Visits, model: nn.Module) -> None:
         """Judge what was visited since the last time, once it is enough; alike in all processes."""
@@ -192,7 +194,13 @@ class OnlineScorer:
         size = self.scorer.batch_size or 1
         with self.scorer.autocast(model):
             pairs = null_of_pairs(
-                model, kind, self.rows, self.scorer.collator, size, seed, null_pairs(self.window)
+                model,
+                kind,
+                self.rows,
+                self.scorer.collator,
+                size,
+                seed,
+                null_pairs(len(window.column(POSITION))),
             )
         return Null(*pairs)
 
@@ -223,13 +231,14 @@ class OnlineScorer:
             for i, null in enumerate(self._pairs)
             for name, values in asdict(null).items()
         }
-        numbers = np.asarray([self.spent, self._windows], dtype=np.float64)
+        numbers = np.asarray([self.spent, self._windows, self._ends], dtype=np.float64)
         return {**self.judge.state(), **pairs, "scoring": numbers}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         self.judge.load(state)
-        self.spent, self._windows = float(state["scoring"][0]), int(state["scoring"][1])
+        self.spent = float(state["scoring"][0])
+        self._windows, self._ends = int(state["scoring"][1]), int(state["scoring"][2])
         kept = sum(key.startswith("pairs.") for key in state) // len(fields(Null))
         self._pairs = [
             Null(state[f"pairs.{i}.loss"], state[f"pairs.{i}.group"]) for i in range(kept)

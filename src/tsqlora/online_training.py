@@ -102,10 +102,10 @@ class OnlineTrainer(PoolTrainer):
         self.seconds += time.perf_counter() - began
 
     @property
-    def window_steps(self) -> int:
-        """Optimizer steps in a window."""
+    def visited(self) -> int:
+        """Visits of all processes so far."""
         each = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return max(1, self.scoring.window // (each * processes.count()))
+        return self.state.global_step * each * processes.count()
 
     def _inclusion(self) -> np.ndarray | None:
         return None if self.recorder else self.scoring.inclusion()
@@ -254,7 +254,7 @@ class _OnlineCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The end of a window, in all processes at once."""
-        if state.global_step % self.trainer.window_steps == 0:
+        if self.trainer.scoring.window_ends(self.trainer.visited):
             self.trainer.close_window()
 
     def on_epoch_end(
