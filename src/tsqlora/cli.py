@@ -203,7 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not _is_first():
         return 0
     text = result.get("paste") or told(arguments.verb, result, arguments)
-    print(json.dumps(result, indent=2) if arguments.json else text)
+    try:
+        print(json.dumps(result, indent=2) if arguments.json else text, flush=True)
+    except BrokenPipeError:  # whoever reads it, as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
