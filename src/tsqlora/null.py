@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -52,20 +55,36 @@ def null_of_pairs(
     batch_size: int,
     seed: int,
     most: int = NULL_SAMPLES,
+    dropout: bool = False,
 ) -> Null:
-    """Of generation: at most so many inputs paired with others' targets, a forward each."""
+    """Of generation: at most so many inputs paired with others' targets, a forward each.
+
+    With `dropout` it is on, as where the losses beside them were taken.
+    """
     wrong = mismatched_pairs(subset(dataset, most, seed), kind)
     losses = np.zeros(0 if wrong is None else len(wrong))
     if wrong is not None:
         pool, halving = Pool(model, wrong, collator, batch_size), Halving()
         bar = passing(pool.tokens, pool.plan, "mismatched pairs")
-        with evaluating(model), torch.no_grad(), bar as passed:
+        drawn = _drawn(model, seed) if dropout else nullcontext()
+        with evaluating(model), torch.no_grad(), drawn, bar as passed:
             for planned in pool.plan:
                 for positions, batch in pool.take(planned):
                     found = halving(lambda piece: forward_losses(model, kind, piece), batch)
                     losses[positions] = np.concatenate([as_numpy(each) for each in found])
                 passed(planned)
     return losses, np.zeros(len(losses), dtype=np.int32)
+
+
+@contextmanager
+def _drawn(model: nn.Module, seed: int) -> Iterator[None]:
+    """Dropout on, drawn apart from whatever else is."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.train()
+        yield
+        model.eval()
 
 
 def others(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:

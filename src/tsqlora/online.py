@@ -191,17 +191,10 @@ class OnlineScorer:
         if kind in FREE:
             found = [null_of_outputs(window, kind, OTHERS * seed + k) for k in range(OTHERS)]
             return Null(*(np.concatenate(each) for each in zip(*found, strict=True)))
-        size = self.scorer.batch_size or 1
+        most = null_pairs(len(window.column(POSITION)))
+        how = self.scorer.collator, self.scorer.batch_size or 1, seed, most
         with self.scorer.autocast(model):
-            pairs = null_of_pairs(
-                model,
-                kind,
-                self.rows,
-                self.scorer.collator,
-                size,
-                seed,
-                null_pairs(len(window.column(POSITION))),
-            )
+            pairs = null_of_pairs(model, kind, self.rows, *how, dropout=True)
         return Null(*pairs)
 
     def inclusion(self) -> np.ndarray:
