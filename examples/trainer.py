@@ -35,8 +35,10 @@ def main() -> None:
 
     scores = tsq.score_samples(model, train, collator)
     chosen = tsq.select_samples(train, scores, fraction=0.5)
-    plan = tsq.allocate_ranks(tsq.layer_sensitivity(model, chosen, collator), mean_rank=8)
+    layers = tsq.layer_sensitivity(model, chosen, collator, spectrum=32)
+    plan = tsq.allocate_ranks(layers, mean_rank=8, max_rank=32)
     model = get_peft_model(model, tsq.lora_config(plan, task_type="SEQ_CLS"))
+    tsq.start_from_gradient(model, layers)
     trainer = Trainer(
         model,
         TrainingArguments(asked.out, learning_rate=1e-3, num_train_epochs=4, report_to="none"),
@@ -44,7 +46,7 @@ def main() -> None:
         eval_dataset=test,
         data_collator=collator,
         compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
-        callbacks=[tsq.DynamicRankCallback()],
+        callbacks=[tsq.DynamicRankCallback(sensitivity=layers)],
     )
     tsq.QualitySampler(scores, fraction=0.5).attach(trainer)
     trainer.train()

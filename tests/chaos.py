@@ -93,7 +93,14 @@ CONFIGURATIONS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "unsaved": (classification_run, {"training.save_strategy": "no", "ranks.dynamic": False}),
 }
 SAMPLES = 96
-COMPARED = ("scores.parquet", "sensitivity.json", "plan.json", "ranks.jsonl", "task.json")
+COMPARED = (
+    "scores.parquet",
+    "sensitivity.json",
+    "sensitivity.safetensors",
+    "plan.json",
+    "ranks.jsonl",
+    "task.json",
+)
 PATIENCE = 300
 """Seconds after which a process hangs."""
 

@@ -98,6 +98,30 @@ def sample_weight_gradients(model: nn.Module, kind: str, sample: Batch) -> dict[
     return result
 
 
+def mean_gradients(model: nn.Module, kind: str, batch: Batch) -> dict[str, Tensor]:
+    """E_i ∇W ℓ_i (out, in) of every target module, sample by sample."""
+    totals: dict[str, Tensor] = {}
+    samples = one_by_one(batch)
+    for sample in samples:
+        for name, gradient in sample_weight_gradients(model, kind, sample).items():
+            totals[name] = totals.get(name, 0) + gradient / len(samples)
+    return totals
+
+
+def gram_schmidt(rows: Tensor, directions: Tensor, given: Sequence[int]) -> list[int]:
+    """The directions of which rows and directions before hold at most half, by least squares."""
+    found, there = [], list(rows)
+    for number, direction in enumerate(directions):
+        rest = direction
+        if there:
+            span = torch.stack(there).T
+            rest = direction - span @ torch.linalg.lstsq(span, direction).solution
+        if number not in given and rest.square().sum() >= 0.5:
+            there.append(direction)
+            found.append(number)
+    return found
+
+
 def looped_sensitivity(
     model: nn.Module, kind: str, batch: Batch, estimator: str
 ) -> dict[str, float]:

@@ -10,10 +10,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import looped_sensitivity, one_by_one, sample_weight_gradients
+from reference import looped_sensitivity, mean_gradients
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.estimators import Direction, MeanGradient, fisher, weight_gradient
-from tsqlora.lora_layers import lora_modules
 from tsqlora.sensitivity import layer_sensitivity
 
 
@@ -119,11 +118,19 @@ def test_the_spectrum_is_that_of_the_mean_gradient(name: str) -> None:
     rows = rows_of(tiny_batch(kind, samples=5))
     dataset = Dataset.from_list(rows)
     found = layer_sensitivity(model, dataset, collate, batch_size=3, spectrum=6)
-    gradients = [sample_weight_gradients(model, kind, s) for s in one_by_one(collate(rows))]
-    for module in lora_modules(model):
-        mean = sum(each[module.name] for each in gradients) / len(rows)
-        true = torch.linalg.svdvals(torch.as_tensor(mean))[:6]
-        assert torch.allclose(torch.tensor(found.spectrum[module.name]).double(), true, atol=1e-9)
+    for name, mean in mean_gradients(model, kind, collate(rows)).items():
+        true = torch.linalg.svdvals(mean)[:6]
+        assert torch.allclose(torch.tensor(found.spectrum[name]).double(), true, atol=1e-9)
+        directions = torch.as_tensor(found.directions[name])
+        assert_orthonormal(directions)
+        assert (directions.gather(1, directions.abs().argmax(1, keepdim=True)) > 0).all()
+        energies = (mean @ directions.double().T).norm(dim=0)  # σ_j each, as each is its v_j
+        assert torch.allclose(energies, true[: len(directions)], atol=1e-6)
+        assert (true[len(directions) :] <= 1.001e-2 * true[0]).all()
+
+
+def assert_orthonormal(rows: torch.Tensor) -> None:
+    assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-5)
 
 
 @settings(deadline=None, max_examples=20)
@@ -145,10 +152,33 @@ def test_a_sketch_finds_a_low_rank_mean_exactly_and_a_decaying_one_nearly(
     near.add(v.T[None], (u * decay).T[None])
     mean = torch.einsum("ntk,ntl->kl", gradients, inputs) / samples
     true = torch.linalg.svdvals(mean)[:6]
-    assert torch.allclose(torch.tensor(sketch.singular_values(samples)).double(), true, atol=1e-8)
-    assert near.singular_values(1) == pytest.approx(decay[:6].tolist(), rel=0.02)
+    assert torch.allclose(torch.tensor(sketch.spectrum(samples)[0]).double(), true, atol=1e-8)
+    values, directions = near.spectrum(1)
+    assert values == pytest.approx(decay[:6].tolist(), rel=0.02)
+    _, low = sketch.spectrum(samples)
+    assert len(low) == samples  # each sample's gradient is of rank 1
+    held = (mean @ low.double().T).square().sum()
+    assert float(held) == pytest.approx(float(mean.square().sum()), rel=1e-5)
+    for found in (low, directions):
+        assert_orthonormal(found)
+    for count in range(1, 7):
+        held = ((u * decay @ v.T) @ directions[:count].double().T).square().sum()
+        assert held >= 0.97 * decay[:count].square().sum()
 
 
 def test_a_module_that_no_sample_reaches_has_none() -> None:
     module, _, _ = case([1, 1, 3, 4], torch.float32, 0)
-    assert MeanGradient(module, 2, 0).singular_values(1) == [0.0, 0.0]
+    values, directions = MeanGradient(module, 2, 0).spectrum(1)
+    assert values == [0.0, 0.0]
+    assert directions.shape == (0, 4)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_a_mean_gradient_that_is_zero_or_not_finite_has_no_directions(value: float) -> None:
+    for sizes in ([2, 3, 4, 5], [2, 3, 90, 120]):
+        module, inputs, gradients = case(sizes, torch.float32, 0)
+        sketch = MeanGradient(module, 2, 0)
+        sketch.add(inputs, torch.full_like(gradients, value))
+        values, directions = sketch.spectrum(2)
+        assert directions.shape == (0, sizes[-1])
+        assert values == pytest.approx([0.0 if value == 0 else torch.nan] * 2, nan_ok=True)

@@ -35,7 +35,8 @@ ORDER = [
     "measuring", "fitting", "parts", "null", "collected", "scoring", "samples",
     "judging", "online",
     "estimators", "sensitivity",
-    "rank_rules", "allocation", "zero", "sharded", "optimizer_state", "adapter", "merging",
+    "rank_rules", "allocation", "zero", "sharded", "optimizer_state", "adapter", "directions",
+    "merging",
     "export", "pasting", "initial", "observing", "dynamic_rank", "callback",
     "run_folder", "zero_settings", "training", "two_parts", "starting", "cost", "online_training",
     "inputs", "preflight",
@@ -50,6 +51,7 @@ PUBLIC = {
     "score_samples", "select_samples", "QualitySampler", "layer_sensitivity", "allocate_ranks",
     "lora_config", "DynamicRank", "DynamicRankCallback", "export_adapter", "write_report", "train",
     "RunConfig", "QualityScores", "LayerSensitivity", "RankPlan", "TsqloraError",
+    "start_from_gradient",
 }  # fmt: skip
 
 FILE_LINES, FUNCTION_LINES = 350, 60

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -80,6 +82,27 @@ def test_saves_and_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert LayerSensitivity.load(tmp_path / "sensitivity.json") == made
     with pytest.raises(RunError, match=r"nothing.json"):
         LayerSensitivity.load(tmp_path / "nothing.json")
+
+
+def test_directions_lie_beside_it_and_go_when_they_are_not_asked_for(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    directions = {"a": np.eye(2, 4, dtype=np.float32), "b": np.zeros((0, 3), np.float32)}
+    shapes = {"a": (5, 4), "b": (2, 3)}
+    made = LayerSensitivity("fisher", {"a": 1.0, "b": 0.0}, shapes, {}, directions)
+    bare = replace(made, directions={})
+    assert made == bare
+    assert repr(made) == repr(bare)
+    file = tmp_path / "sensitivity.json"
+    made.save(file)
+    text = file.read_text()
+    loaded = LayerSensitivity.load(file).directions
+    assert loaded.keys() == directions.keys()
+    assert all(np.array_equal(loaded[name], directions[name]) for name in loaded)
+    (tmp_path / "sensitivity.safetensors").write_bytes(b"cut off")
+    with pytest.raises(RunError, match=r"sensitivity.safetensors.*measure it again"):
+        LayerSensitivity.load(file)
+    bare.save(file)
+    assert file.read_text() == text
+    assert LayerSensitivity.load(file).directions == {}
 
 
 def test_an_unknown_estimator_is_named() -> None:

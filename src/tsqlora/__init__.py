@@ -12,6 +12,7 @@ _HOME = {
     "layer_sensitivity": "sensitivity",
     "allocate_ranks": "allocation",
     "lora_config": "adapter",
+    "start_from_gradient": "directions",
     "DynamicRank": "dynamic_rank",
     "DynamicRankCallback": "callback",
     "export_adapter": "export",

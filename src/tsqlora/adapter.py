@@ -237,8 +237,8 @@ def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Each module starts at the best approximation of the adapted BA that its rank r allows: with
     BA = USVᵀ, A = cVᵀ and B = US/c for the r largest singular values, c the length of a fresh row
-    (1/√3 by PEFT's initialisation). Components beyond keep their fresh row and zero column.
-    modules_to_save are copied. The steps of the brief adaptation thus count as training.
+    (1/√3 by PEFT's initialisation). Components beyond those of BA keep their fresh row and zero
+    column. modules_to_save are copied. The steps of the brief adaptation thus count as training.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -257,11 +257,12 @@ def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _principal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same BA by its singular vectors, largest first, rows of A 1/√3 long."""
+    """The same BA by its singular vectors, largest first, rows of A 1/√3 long; none for BA = 0."""
     q_a, r_a = torch.linalg.qr(a.T)
     q_b, r_b = torch.linalg.qr(b)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    return (q_a @ vh.T).T / 3**0.5, (q_b @ u * s) * 3**0.5
+    there = int((s > 1e-6 * s[0]).sum())
+    return (q_a @ vh.T).T[:there] / 3**0.5, (q_b @ u * s)[:, :there] * 3**0.5
 
 
 def prune(module: LoraModule, components: Sequence[int], optimizer: Optimizer | None) -> None:
@@ -289,19 +290,17 @@ def grow(
     module: LoraModule,
     components: Sequence[int],
     optimizer: Optimizer | None,
-    generator: torch.Generator,
+    rows: Tensor,
 ) -> None:
-    """Make pruned components active: rows drawn as PEFT initialises A (Kaiming, a = √5), columns
-    zero, moments zero. The model's function does not change, bit for bit.
+    """Make pruned components active, with `rows` of A (components, in), columns and moments zero.
+
+    The model's function does not change, bit for bit.
     """
     weight = module.a.weight
     prune(module, components, optimizer)
-    bound = 1 / math.sqrt(weight.shape[1])
     with torch.no_grad():
-        for component in components:
-            row = torch.empty(weight.shape[1]).uniform_(-bound, bound, generator=generator)
-            index = torch.tensor([component], device=weight.device)
-            set_parameter(weight, 0, index, row[None].to(weight.device))
+        index = torch.as_tensor(list(components), device=weight.device, dtype=torch.long)
+        set_parameter(weight, 0, index, rows.to(weight.device))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

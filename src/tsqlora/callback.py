@@ -16,6 +16,7 @@ from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
 from tsqlora.lora_layers import lora_modules
 from tsqlora.reported import Figures, of_ranks
+from tsqlora.sensitivity import LayerSensitivity
 from tsqlora.zero import before_steps
 
 STATE_FILE = "dynamic_rank.json"
@@ -31,7 +32,8 @@ class DynamicRankCallback(TrainerCallback):
         plan: the budget and first ranks; without one, what the adapter holds at the start.
         headroom: further components each module may grow to.
         schedule: when ranks move.
-        seed: of the rows that grown components start from.
+        seed: of the rows that grown components start from, where there are no directions.
+        sensitivity: whose directions they start from.
         compact: once ranks are frozen, give back the memory and time of pruned components; in a
             single process only.
         resume_from: the checkpoint the Trainer will resume from; needed where it was compacted.
@@ -51,9 +53,11 @@ class DynamicRankCallback(TrainerCallback):
         on_moves: Callable[[Sequence[Reallocation]], None] | None = None,
         compact: bool = False,
         resume_from: str | Path | None = None,
+        sensitivity: LayerSensitivity | None = None,
     ) -> None:
         self.plan, self.headroom, self.schedule, self.seed = plan, headroom, schedule, seed
         self.on_moves, self.compact, self.resume_from = on_moves, compact, resume_from
+        self.sensitivity = sensitivity
         self.ranks: DynamicRank | None = None
         self._ready = self._inside = False
 
@@ -92,6 +96,7 @@ class DynamicRankCallback(TrainerCallback):
             self.plan,
             self.schedule,
             self.seed,
+            sensitivity=self.sensitivity,
         )
         if state.global_step:
             checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -59,10 +59,11 @@ def plan(arguments: argparse.Namespace) -> Result:
     made = run.plan()
     if arguments.format:
         from tsqlora.pasting import PEFT, paste
-        from tsqlora.starting import save_untrained, untrained_model
+        from tsqlora.starting import first_directions, save_untrained, untrained_model
 
         if arguments.format != PEFT:
-            model = untrained_model(run.config, run.inputs.base_model(), made)
+            directions = first_directions(run.config, run.folder)
+            model = untrained_model(run.config, run.inputs.base_model(), made, directions)
             save_untrained(model, run.folder.untrained)
         return {"paste": paste(made, arguments.format, run.folder.untrained.resolve())}
     return {

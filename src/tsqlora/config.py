@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 
@@ -132,9 +132,8 @@ class RanksConfig:
     """The budget of ranks, as a mean rank or as an exact number of parameters, and its bounds.
 
     `parameters` replaces the default `mean_rank`. `rule` says how ranks follow from sensitivity
-    (formulas in `rank_rules.py`); marginal_gain sketches every module's mean gradient as well.
-    `dynamic` ranks move while training; with `compact` the model is cut to its true ranks once they
-    no longer move, in a single process, which saves memory and time.
+    (formulas in `rank_rules.py`). `dynamic` ranks move while training; with `compact` the model is
+    cut to its true ranks once they no longer move, in a single process: less memory and time.
     """
 
     mean_rank: _Positive | None = 8
@@ -159,7 +158,9 @@ class AdapterConfig:
 
     `init` is the folder of a LoRA adapter to go on from: its modules are the targets, the first
     steps train it as it is, and the planned adapter begins as the best approximation of it that
-    the planned ranks allow. Its factors are brought onto `scale`, its function kept.
+    the planned ranks allow. Its factors are brought onto `scale`, its function kept. `start` is
+    for components that have learnt nothing (B = 0): their rows of A begin along the module's mean
+    gradient (docs/method.md §6), or `random`, as PEFT draws them.
     """
 
     target_modules: _Name | _Names = "all-linear"
@@ -167,6 +168,7 @@ class AdapterConfig:
     scale: _Positive = 2.0
     dropout: _Dropout = 0.0
     init: _Path | None = None
+    start: Literal["gradient", "random"] = "gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +226,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, all defaults written out, in the order of the documented schema."""
-        values: dict[str, Any] = plain(asdict(self))
-        return values
+        return cast(dict[str, Any], plain(asdict(self)))
 
     def to_yaml(self) -> str:
         """The resolved configuration; as a file it replays the run."""
@@ -264,8 +265,7 @@ def _training_hints() -> dict[str, Any]:
     """The fields of TrainingArguments; those of plain scalars are checked, the others are not."""
     from transformers import TrainingArguments
 
-    scalars = {bool, int, float, str, NoneType}
-    hints = get_type_hints(TrainingArguments)
+    scalars, hints = {bool, int, float, str, NoneType}, get_type_hints(TrainingArguments)
     ranges = {
         "learning_rate": _NotNegative,
         "num_train_epochs": _Positive,

@@ -11,11 +11,9 @@ it grow, at most `move_share` of the budget at once. Ranks freeze after the last
 from __future__ import annotations
 
 import logging
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,8 +30,9 @@ from tsqlora.adapter import (
     require_early,
 )
 from tsqlora.allocation import RankPlan, allocate_ranks
+from tsqlora.directions import FreshRows
 from tsqlora.errors import TrainingError
-from tsqlora.lora_layers import LoraModule, lora_modules
+from tsqlora.lora_layers import lora_modules
 from tsqlora.observing import Observed, Observer
 from tsqlora.optimizer_state import check_trains, check_understood, is_quantised
 from tsqlora.sensitivity import LayerSensitivity
@@ -91,6 +90,7 @@ class DynamicRank:
     `headroom` is how many components more every module may grow to; with none a module takes back
     only what it lost. It is made here, so before the optimizer has stepped and before accelerate or
     DistributedDataParallel gets the model. With a `plan` the budget and first ranks are the plan's.
+    With a `sensitivity` that has directions a grown component takes its module's next one.
 
     Gradients may be clipped and scaled (GradScaler) before or after; steps that a loss scaler skips
     are not looked at. The learning rate and its schedule are not touched.
@@ -114,6 +114,7 @@ class DynamicRank:
         schedule: RankSchedule | None = None,
         seed: int = 0,
         headroom: int = 0,
+        sensitivity: LayerSensitivity | None = None,
     ) -> None:
         if total_steps < 1:
             raise TrainingError(
@@ -125,7 +126,7 @@ class DynamicRank:
             require_early(model, optimizer)
             add_headroom(model, headroom)
         self.model, self.modules = model, lora_modules(model)
-        self.optimizer, self.seed = optimizer, seed
+        self.optimizer, self.rows = optimizer, FreshRows(self.modules, sensitivity, seed)
         self._understood = self._drifts = False
         self.schedule = schedule or RankSchedule()
         self.moves_at = self.schedule.steps(total_steps)
@@ -223,6 +224,7 @@ class DynamicRank:
             "physical": {m.name: m.rank for m in self.modules},
             "taken": self.taken,
             "observed": self.observer.state_dict(),
+            "given": self.rows.given,
             "history": [move.to_dict() for move in self.history],
         }
 
@@ -241,6 +243,7 @@ class DynamicRank:
             )
         self.planned, self.taken = dict(state["planned"]), state["taken"]
         self.observer.load_state_dict(state["observed"])
+        self.rows.given = {**self.rows.given, **state.get("given", {})}
         self.history = [Reallocation(**move) for move in state["history"]]
         self._idle = self._pruned()
 
@@ -337,11 +340,8 @@ class DynamicRank:
             if not free or short <= 0 or sum(module.shape) > left:
                 wanting.pop(0)
                 continue
-            grow(module, free[:1], self.optimizer, self._generator(module, free[0]))
+            row = self.rows.take(module, free[0], self.taken)
+            grow(module, free[:1], self.optimizer, row[None])
             left -= sum(module.shape)
             grown[module.name] = grown.get(module.name, 0) + 1
         return grown
-
-    def _generator(self, module: LoraModule, component: int) -> torch.Generator:
-        text = f"{self.seed}/{self.taken}/{module.name}/{component}"
-        return torch.Generator().manual_seed(zlib.crc32(text.encode()))

@@ -6,6 +6,7 @@ never more than one module's in memory.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 
@@ -18,6 +19,8 @@ from tsqlora.lora_layers import LoraModule, base_weight
 
 OVERSAMPLING = 8
 """Columns of a sketch beyond the singular values that are wanted."""
+NOUGHT = 1e-2
+"""Below this part of the largest, float32 knows the vector of a singular value too badly."""
 
 
 def weight_gradient(module: LoraModule, inputs: Tensor, gradients: Tensor, room: int) -> Tensor:
@@ -115,11 +118,12 @@ def _mix(value: Tensor) -> Tensor:
 
 
 class MeanGradient:
-    """A sketch of G = Σ_i ∇W ℓ_i (out, in), enough for its largest singular values.
+    """A sketch of G = Σ_i ∇W ℓ_i (out, in), enough for its largest singular values and vectors.
 
     Y = GΩ (out, k) and Z = GᵀΨ (in, 2k + 1) with Ω, Ψ random, added up batch by batch, then
     G ≈ Q (ΨᵀQ)⁺ Zᵀ for Y = QR (Tropp et al. 2017, arXiv 1609.00048, algorithm 4). As many numbers
-    as a LoRA adapter of rank 3k; a module that is smaller has its G added up itself.
+    as a LoRA adapter of rank 3k; a module that is smaller has its G added up itself. Convolutions
+    of GPT-2 are linear modules here; embeddings and experts have no rank to plan, so no sketch.
     """
 
     def __init__(self, module: LoraModule, wanted: int, seed: int) -> None:
@@ -150,17 +154,29 @@ class MeanGradient:
         found = processes.gather([part.cpu() for part in self.parts])
         self.parts = [torch.stack(parts).sum(0) for parts in zip(*filter(None, found), strict=True)]
 
-    def singular_values(self, samples: int) -> list[float]:
-        """The largest singular values of the mean over so many samples, in falling order."""
+    def spectrum(self, samples: int) -> tuple[list[float], Tensor]:
+        """Of the mean over so many samples: σ_1 ≥ σ_2 ≥ ..., and their right singular vectors.
+
+        The vectors (at most `wanted`, in) are float32, of length 1, their largest entry positive;
+        those of σ_j ≤ `NOUGHT` σ_1 mean nothing and are left out, as all are of a mean that is
+        zero or not finite.
+        """
+        none = torch.zeros(0, self.shape[1])
         if not self.parts:
-            return [0.0] * self.wanted
+            return [0.0] * self.wanted, none
         parts = [part.double().cpu() / samples for part in self.parts]
+        if not all(bool(part.isfinite().all()) for part in parts):
+            return [math.nan] * self.wanted, none
         core = parts[0]
         if not self.whole:
             _, left = self._random(parts[0])
             q, _ = torch.linalg.qr(parts[0])
             core = torch.linalg.lstsq(left.T @ q, parts[1].T).solution
-        return [float(value) for value in torch.linalg.svdvals(core)[: self.wanted]]
+        _, values, vectors = torch.linalg.svd(core, full_matrices=False)
+        values = values[: self.wanted]
+        kept = vectors[: len(values)][values > NOUGHT * values[0]]
+        largest = kept.gather(1, kept.abs().argmax(1, keepdim=True))
+        return values.tolist(), (kept * largest.sign()).float()
 
     def _random(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Ω (in, k) and Ψ (out, 2k + 1), drawn again each time instead of kept."""

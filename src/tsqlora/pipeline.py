@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from tsqlora import processes
+from tsqlora import processes, starting
 from tsqlora.adaptation import Adaptation, adapt_briefly
 from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
@@ -40,7 +40,6 @@ from tsqlora.online_training import keep_scores, pool_trainer
 from tsqlora.preflight import check_config, check_run
 from tsqlora.progress import Stages, tell
 from tsqlora.quality import QualityScores
-from tsqlora.rank_rules import MARGINAL_GAIN
 from tsqlora.report import write_report
 from tsqlora.reported import Reported, of_samples
 from tsqlora.run_folder import RunFolder
@@ -48,7 +47,6 @@ from tsqlora.scoring import Scorer
 from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler, unscored
 from tsqlora.sensitivity import HESSIAN, LayerSensitivity, layer_sensitivity
-from tsqlora.starting import first_model, planned_model, trained_parameters
 from tsqlora.training import run_training
 from tsqlora.two_parts import first_steps, last_arguments, scorer_of
 
@@ -104,7 +102,7 @@ class Run:
     @cached_property
     def warm_model(self) -> PeftModel:
         """Stage 0: the model under a uniform adapter, briefly adapted, or as it was saved then."""
-        model = first_model(self.config, self.inputs.base_model())
+        model = starting.first_model(self.config, self.inputs.base_model())
         saved = self.folder.warmup / "state.safetensors"
         processes.from_main(lambda: self._adapted(model, saved))
         load_trainable_state(model, load_file(saved))
@@ -177,7 +175,7 @@ class Run:
 
     def sensitivity(self) -> LayerSensitivity:
         """Stage 2: the sensitivity of every layer on the selected samples."""
-        if self._done("sensitivity", self.folder.sensitivity):
+        if self._done("sensitivity", *starting.measured_files(self.config, self.folder)):
             return LayerSensitivity.load(self.folder.sensitivity)
         scores = self.score()
         selected = self.inputs.splits.train.select(np.flatnonzero(scores.selected))
@@ -193,7 +191,7 @@ class Run:
                 max_samples=SENSITIVITY_SAMPLES,
                 batch_size=self.scorer.batch_size or self.first.batch_size // self.inputs.together,
                 seed=self.config.seed,
-                spectrum=ranks.max_rank if ranks.rule == MARGINAL_GAIN else 0,
+                spectrum=starting.spectrum_of(self.config),
                 together=True,
             )
         if processes.is_main():
@@ -250,6 +248,7 @@ class Run:
             on_moves=self._save_moves,
             compact=self.config.ranks.compact,
             resume_from=checkpoint,
+            sensitivity=starting.first_directions(self.config, self.folder),
         )
         trainer = pool_trainer(self.scorer)(
             sampler,
@@ -270,7 +269,7 @@ class Run:
         keep_scores(trainer, self.folder)
         if processes.is_main():
             self._save_log(trainer.state.log_history)
-            record_parameters(self.folder, trained_parameters(model, plan))
+            record_parameters(self.folder, starting.trained_parameters(model, plan))
         finish(self.config, self.folder, self.inputs.task, model)
         if processes.is_main():
             self.folder.mark_done("training", self.inputs.digest("training"))
@@ -317,10 +316,10 @@ class Run:
         batch_size = self.first.batch_size // self.inputs.together
         return scorer_of(self.config, self.inputs.task.collate, self.first, batch_size)
 
-    def _done(self, stage: str, output: Path) -> bool:
+    def _done(self, stage: str, *outputs: Path) -> bool:
         """What the main process finds, before it can write anything new."""
         return processes.from_main(
-            lambda: self.folder.is_done(stage, self.inputs.digest(stage), [output])
+            lambda: self.folder.is_done(stage, self.inputs.digest(stage), outputs)
         )
 
     def _checkpoint(self) -> Path | None:
@@ -331,7 +330,10 @@ class Run:
         self.warm_model  # noqa: B018  its state is there, whichever stages were skipped
         self.__dict__.pop("warm_model", None)  # its memory is wanted
         state = load_file(self.folder.warmup / "state.safetensors")
-        return planned_model(self.config, self.inputs.base_model(), plan, state)
+        directions = starting.first_directions(self.config, self.folder)
+        return starting.planned_model(
+            self.config, self.inputs.base_model(), plan, state, directions
+        )
 
     def _sampler(self, scores: QualityScores) -> QualitySampler:
         if self.config.quality.preset == "paper":  # one draw, kept

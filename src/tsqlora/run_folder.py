@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "sensitivity.json"
 
     @property
+    def directions(self) -> Path:
+        """The directions of `LayerSensitivity`."""
+        return self.path / "sensitivity.safetensors"
+
+    @property
     def plan(self) -> Path:
         """`RankPlan`."""
         return self.path / "plan.json"

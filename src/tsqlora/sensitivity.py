@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from tsqlora import processes
-from tsqlora.artefacts import atomic_write_json
+from tsqlora.artefacts import atomic_file, atomic_write_json, remove
 from tsqlora.batches import (
     Batch,
     Collator,
@@ -50,12 +52,15 @@ class LayerSensitivity:
     Attributes:
         spectrum: the largest singular values of the module's mean gradient, in falling order;
             empty unless asked for.
+        directions: its right singular vectors (k, in) of length 1 to these, largest entries
+            positive; fewer where there are no more, empty unless asked for. Never compared.
     """
 
     estimator: str
     modules: dict[str, float]
     shapes: dict[str, tuple[int, int]]
     spectrum: dict[str, list[float]] = field(default_factory=dict)
+    directions: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, object]:
         """As in `sensitivity.json`."""
@@ -69,23 +74,39 @@ class LayerSensitivity:
         return {**written, "spectrum": self.spectrum} if self.spectrum else written
 
     def save(self, path: str | Path) -> None:
-        """Write `sensitivity.json`."""
+        """Write `sensitivity.json`, and beside it `sensitivity.safetensors` for the directions."""
+        beside = directions_file(path)
+        if self.directions:
+            with atomic_file(beside) as file:
+                save_file(self.directions, file)
+        else:
+            remove(beside)
         atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> LayerSensitivity:
-        """Read `sensitivity.json`.
+        """Read `sensitivity.json`, and the directions where they are beside it.
 
         Raises:
             RunError: the file is missing or is not a sensitivity.
         """
+        beside = directions_file(path)
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             shapes = {name: (int(s[0]), int(s[1])) for name, s in raw["shapes"].items()}
             spectrum = {name: list(values) for name, values in raw.get("spectrum", {}).items()}
-            return cls(raw["estimator"], dict(raw["modules"]), shapes, spectrum)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is not a layer sensitivity ({error}).") from error
+            directions = load_file(beside) if beside.exists() else {}
+            return cls(raw["estimator"], dict(raw["modules"]), shapes, spectrum, directions)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RunError(
+                f"{path} and {beside.name} are not a layer sensitivity ({error}): remove them and "
+                "measure it again."
+            ) from error
+
+
+def directions_file(path: str | Path) -> Path:
+    """Where the directions of the sensitivity at `path` lie."""
+    return Path(path).with_suffix(".safetensors")
 
 
 def layer_sensitivity(
@@ -107,8 +128,9 @@ def layer_sensitivity(
     `hessian`: |E_i tr ∇²_W ℓ_i|, Hutchinson's estimate with one direction a sample; by its nature
     two forwards and backwards, so twice the time of the others.
 
-    `spectrum`: how many singular values of each module's mean gradient to take in the same pass
-    (0: none), which the rule `marginal_gain` of `allocate_ranks` needs.
+    `spectrum`: of how many ranks to take the singular values and right singular vectors of each
+    module's mean gradient E_i ∇W ℓ_i in the same pass (0: none), which the rule `marginal_gain` of
+    `allocate_ranks`, `start_from_gradient` and components that grow need: the largest rank.
 
     `together`: all processes of this launch call it at once, each measures a share of the batches,
     and all get the result that one of them alone would get.
@@ -215,8 +237,10 @@ class Meter:
         }
         means = {name: abs(total) / max(samples, 1) for name, total in totals.items()}
         shapes = {name: module.shape for name, module in self.modules.items()}
-        spectrum = {n: sketch.singular_values(samples) for n, sketch in self.sketches.items()}
-        return LayerSensitivity(self.estimator, means, shapes, spectrum)
+        found = {name: sketch.spectrum(samples) for name, sketch in self.sketches.items()}
+        spectrum = {name: values for name, (values, _) in found.items()}
+        directions = {name: vectors.numpy() for name, (_, vectors) in found.items()}
+        return LayerSensitivity(self.estimator, means, shapes, spectrum, directions)
 
     def _measure(self, batch: Batch, positions: np.ndarray) -> None:
         self._found, self._in_sketch = {}, frozenset()

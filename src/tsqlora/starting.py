@@ -14,10 +14,14 @@ from tsqlora.adapter import check_plan, lora_config, warm_start
 from tsqlora.allocation import RankPlan
 from tsqlora.artefacts import atomic_folder
 from tsqlora.config import RunConfig
+from tsqlora.directions import start_from_gradient
 from tsqlora.export import export_adapter
 from tsqlora.initial import InitialAdapter
 from tsqlora.lora_layers import PEFT_TASK_TYPES, lora_modules, wrap
 from tsqlora.progress import tell
+from tsqlora.rank_rules import MARGINAL_GAIN
+from tsqlora.run_folder import RunFolder
+from tsqlora.sensitivity import LayerSensitivity
 from tsqlora.tasks import auto_model
 from tsqlora.two_parts import uniform_config
 
@@ -43,15 +47,38 @@ def first_model(config: RunConfig, base: PreTrainedModel) -> PeftModel:
     return initial.load(base, config.adapter.scale)
 
 
-def untrained_model(config: RunConfig, base: PreTrainedModel, plan: RankPlan) -> PeftModel:
-    """`base` under the plan's adapter, B = 0."""
+def untrained_model(
+    config: RunConfig,
+    base: PreTrainedModel,
+    plan: RankPlan,
+    sensitivity: LayerSensitivity | None = None,
+) -> PeftModel:
+    """`base` under the plan's adapter, B = 0, A along the directions of `sensitivity`, if given."""
     initial = initial_adapter(config)
     whole = config.adapter.modules_to_save if initial is None else initial.modules_to_save
     set_seed(config.seed)
     planned = lora_config(plan, PEFT_TASK_TYPES[config.task], whole, config.adapter.dropout)
     model = wrap(base, planned)
     check_plan(model, plan)
+    if sensitivity is not None:
+        start_from_gradient(model, sensitivity)
     return model
+
+
+def spectrum_of(config: RunConfig) -> int:
+    """How many singular values and directions the run takes with the sensitivity."""
+    wanted = config.adapter.start == "gradient" or config.ranks.rule == MARGINAL_GAIN
+    return config.ranks.max_rank if wanted else 0
+
+
+def measured_files(config: RunConfig, folder: RunFolder) -> list[Path]:
+    """What the measurement of the sensitivity leaves."""
+    return [folder.sensitivity, *([folder.directions] if spectrum_of(config) else [])]
+
+
+def first_directions(config: RunConfig, folder: RunFolder) -> LayerSensitivity | None:
+    """The measured sensitivity, whose directions fresh components take; None for `random`."""
+    return LayerSensitivity.load(folder.sensitivity) if config.adapter.start == "gradient" else None
 
 
 def save_untrained(model: PeftModel, folder: Path) -> None:
@@ -65,11 +92,20 @@ def save_untrained(model: PeftModel, folder: Path) -> None:
 
 
 def planned_model(
-    config: RunConfig, base: PreTrainedModel, plan: RankPlan, state: Mapping[str, Tensor]
+    config: RunConfig,
+    base: PreTrainedModel,
+    plan: RankPlan,
+    state: Mapping[str, Tensor],
+    sensitivity: LayerSensitivity | None,
 ) -> PeftModel:
-    """`base` under the plan's adapter, begun from the first one's `trainable_state`."""
+    """`base` under the plan's adapter, begun from the first one's `trainable_state`.
+
+    Components that it leaves fresh begin along the directions of `sensitivity`, if given.
+    """
     model = untrained_model(config, base, plan)
     warm_start(model, state)
+    if sensitivity is not None:
+        start_from_gradient(model, sensitivity)
     if config.adapter.init is not None:
         factors = [state[n] for n in sorted(state) if "lora_" in n]
         there = sum(map(_square, factors[::2], factors[1::2]))
