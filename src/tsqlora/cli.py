@@ -24,6 +24,7 @@ from tsqlora.interruption import Terminated, handling, stop
 from tsqlora.progress import Sayings, hide_others
 
 Result = dict[str, Any]
+logger = logging.getLogger("tsqlora")
 
 
 def train(arguments: argparse.Namespace) -> Result:
@@ -41,15 +42,27 @@ def train(arguments: argparse.Namespace) -> Result:
 
 
 def score(arguments: argparse.Namespace) -> Result:
-    """Quality scores only."""
-    run = _run(arguments)
+    """Quality scores only: which rows look wrong, ranked for a spreadsheet; a cleaned data set."""
+    from tsqlora import processes
+    from tsqlora.cleaned import check_clean
+    from tsqlora.score_only import drop_count, leave_files
+
+    drop, clean = drop_count(arguments.drop), arguments.write_clean and Path(arguments.write_clean)
+    if drop is not None and clean is None:
+        raise ConfigError("--drop says what --write-clean leaves out: name its file.")
+    config = _config(arguments)
+    if clean is not None:
+        check_clean(config.data.train, clean)
+    run = _run(arguments, config)
     scores = run.score()
+    left = processes.from_main(lambda: leave_files(run, scores, clean, drop))
     return {
         "scores": str(run.folder.scores),
         "samples": len(scores.ids),
         "wrong_share": None if scores.wrong_share != scores.wrong_share else scores.wrong_share,
         "verdict": scores.verdict,
         "effective_samples": scores.effective_samples,
+        **left,
     }
 
 
@@ -111,15 +124,8 @@ def demo(arguments: argparse.Namespace) -> Result:
 def init(arguments: argparse.Namespace) -> Result:
     """A commented starting configuration for a data set, from a look at it."""
     from tsqlora.first_config import write
-    from tsqlora.seeing import see
 
-    seen = see(
-        _one(arguments.data) or "",
-        arguments.task,
-        _one(arguments.text),
-        arguments.target,
-        arguments.model,
-    )
+    seen = _seen(arguments, arguments.data)
     out = Path(arguments.out or f"{seen.name}.yaml")
     write(seen, out, arguments.force)
     return {"written": str(out), **seen.summary()}
@@ -139,7 +145,10 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     for verb in (train, score, plan):
         sub = _verb(verbs, verb)
-        sub.add_argument("config", metavar="CONFIG.yaml")
+        if verb is score:
+            _add_score(sub)
+        else:
+            sub.add_argument("config", metavar="CONFIG.yaml")
         sub.add_argument("--set", action="append", default=[], metavar="section.key=value")
         sub.add_argument("--resume", action="store_true", help="go on with an unfinished run")
         if verb is plan:
@@ -211,6 +220,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _add_score(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "config", metavar="CONFIG.yaml|DATA", nargs="+", help="a configuration, or the data itself"
+    )
+    _add_columns(sub)
+    sub.add_argument("--out", metavar="DIR", help="of DATA: the run folder (runs/score-NAME)")
+    sub.add_argument(
+        "--write-clean",
+        metavar="F",
+        help="the data without the likely wrong rows: .jsonl, .csv, "
+        ".tsv or .parquet; the same kind of file keeps each row as it is",
+    )
+    sub.add_argument(
+        "--drop", metavar="N|P%%", help="leave out so many of the first ranked instead"
+    )
+
+
 def _one(given: list[str] | None) -> str | list[str] | None:
     """The only one of several, or all."""
     return given[0] if given is not None and len(given) == 1 else given
@@ -260,12 +286,42 @@ def _verb(verbs: Any, function: Callable[[argparse.Namespace], Result]) -> argpa
     return sub
 
 
-def _run(arguments: argparse.Namespace) -> Any:
+def _seen(arguments: argparse.Namespace, data: list[str]) -> Any:
+    """A look at the data that arguments name."""
+    from tsqlora.seeing import see
+
+    given = arguments.task, _one(arguments.text), arguments.target, arguments.model
+    return see(_one(data) or "", *given)
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that arguments name or, of `score`, that fits the data they name."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from tsqlora import processes
 
         processes.join()  # so that one speaks for all
-    config = RunConfig.from_yaml(arguments.config, arguments.set)
+    if arguments.verb != "score":
+        return RunConfig.from_yaml(arguments.config, arguments.set)
+    named = [
+        name for name in ("text", "target", "task", "model", "out") if getattr(arguments, name)
+    ]
+    if Path(arguments.config[0]).suffix.lower() not in (".yaml", ".yml"):
+        from tsqlora.score_only import score_config
+
+        seen = _seen(arguments, arguments.config)
+        logger.info("task %s, %s: %s", seen.chosen.task, seen.chosen.data, seen.chosen.why)
+        return score_config(seen, arguments.out, arguments.set)
+    if named or len(arguments.config) > 1:
+        raise ConfigError(
+            f"--{named[0]} is for data without a configuration: change the file, or use --set."
+            if named
+            else "give one configuration, or data files alone."
+        )
+    return RunConfig.from_yaml(arguments.config[0], arguments.set)
+
+
+def _run(arguments: argparse.Namespace, config: RunConfig | None = None) -> Any:
+    config = config or _config(arguments)
     if arguments.verb == "score" and (mode := config.quality.mode) != "upfront":
         raise ConfigError(
             f"quality.mode: {mode} scores nothing before the training: use `tsqlora train`, or "

@@ -217,8 +217,8 @@ class RunConfig:
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         """Read a YAML file; each of `overrides` is `section.key=value`, its value YAML."""
         mapping = load_yaml(Path(path).expanduser())
-        for override in overrides:
-            _override(mapping, override)
+        for each in overrides:
+            override(mapping, each)
         values, problems = _checked(mapping)
         if problems:
             raise ConfigError.of([f"{path}: {problem}" for problem in problems])
@@ -281,19 +281,19 @@ def _training_hints() -> dict[str, Any]:
     }
 
 
-def _override(mapping: dict[str, Any], override: str) -> None:
+def override(mapping: dict[str, Any], given: str) -> None:
     """Set one `section.key=value` in `mapping`, its value read as YAML."""
-    name, equals, text = override.partition("=")
+    name, equals, text = given.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: write section.key=value.")
+        raise ConfigError(f"--set {given}: write section.key=value.")
     for section in sections:
         if mapping.get(section) is None:
             mapping[section] = {}
         mapping = mapping[section]
         if not isinstance(mapping, dict):
-            raise ConfigError(f"--set {override}: {section} is not a section.")
+            raise ConfigError(f"--set {given}: {section} is not a section.")
     try:
         mapping[key] = parse_yaml(text)
     except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"--set {override}: the value is not YAML; put it in quotes.") from None
+        raise ConfigError(f"--set {given}: the value is not YAML; put it in quotes.") from None

@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "scores.parquet"
 
     @property
+    def ranked(self) -> Path:
+        """The scores for a spreadsheet, the likely wrong rows first."""
+        return self.path / "ranked.csv"
+
+    @property
     def sensitivity(self) -> Path:
         """`LayerSensitivity`."""
         return self.path / "sensitivity.json"
