@@ -43,8 +43,8 @@ ORDER = [
     "model_card", "finished", "baseline",
     "figures", "charts", "packed", "report_ranks", "report_texts", "report_table", "report_samples",
     "report", "pipeline", "row_texts", "ranked", "cleaned",
-    "packaged", "seeing", "first_config", "score_only", "demo_data", "demo", "arguments", "completion",
-    "endings", "cli", "__main__",
+    "packaged", "seeing", "first_config", "score_only", "demo_data", "demo", "arguments",
+    "completion", "endings", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = {

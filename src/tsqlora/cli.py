@@ -233,7 +233,9 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
         ".tsv or .parquet; the same kind of file keeps each row as it is",
     )
     sub.add_argument(
-        "--drop", metavar="N|P%%", help="leave out so many of the first ranked instead"
+        "--drop",
+        metavar="N|SHARE",
+        help="leave out so many of the first ranked instead: 200, or 10%%",
     )
 
 
@@ -317,7 +319,8 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
             if named
             else "give one configuration, or data files alone."
         )
-    return RunConfig.from_yaml(arguments.config[0], arguments.set)
+    arguments.config = arguments.config[0]
+    return RunConfig.from_yaml(arguments.config, arguments.set)
 
 
 def _run(arguments: argparse.Namespace, config: RunConfig | None = None) -> Any:

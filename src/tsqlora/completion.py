@@ -17,6 +17,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     by_metavar = {
         "CONFIG.yaml": yaml,
         "F.yaml": yaml,
+        "CONFIG.yaml|DATA": shtab.FILE,
         "RUN": shtab.DIRECTORY,
         "DIR": shtab.DIRECTORY,
         "DATA": shtab.FILE,

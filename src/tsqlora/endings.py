@@ -12,7 +12,10 @@ NEXT = {
         "tsqlora evaluate {run} --data FILE",
         "tsqlora export {run} --format padded --out DIR    # for llama.cpp, TGI, SGLang",
     ),
-    "score": ("tsqlora train {config}    # goes on from these scores",),
+    "score": (
+        "open {ranked} in a spreadsheet: the rows most likely wrong come first",
+        "tsqlora train {config}    # goes on from these scores",
+    ),
     "plan": (
         "tsqlora train {config}    # goes on from this plan",
         "tsqlora plan {config} --format peft    # to paste into a LoraConfig",
@@ -25,7 +28,10 @@ def told(verb: str, result: Mapping[str, Any], arguments: argparse.Namespace) ->
     """The result of a verb as text for a person."""
     text = _trained(result) if verb == "train" else readable(result)
     named = {**vars(arguments), **result}
-    after = [line.format_map(named) for line in NEXT.get(verb, ())]
+    lines = NEXT.get(verb, ())
+    if isinstance(named.get("config"), list):  # data without a configuration
+        lines = tuple(line for line in lines if "{config}" not in line)
+    after = [line.format_map(named) for line in lines]
     return "\n".join([text, *(["", "next:"] if after else []), *(f"  {line}" for line in after)])
 
 
