@@ -28,7 +28,7 @@ def told(verb: str, result: Mapping[str, Any], arguments: argparse.Namespace) ->
     """The result of a verb as text for a person."""
     text = _trained(result) if verb == "train" else readable(result)
     named = {**vars(arguments), **result}
-    lines = NEXT.get(verb, ())
+    lines: tuple[str, ...] = NEXT.get(verb, ())
     if isinstance(named.get("config"), list):  # data without a configuration
         lines = tuple(line for line in lines if "{config}" not in line)
     after = [line.format_map(named) for line in lines]
