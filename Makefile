@@ -1,6 +1,7 @@
 # make setup   .venv with the pinned dependencies and tsqlora itself, editable
 # make demo    the main job on the embedded default
 # make test    formatting, lint, types, tests: what CI runs
+# make docs    the documentation as a site in site/; a warning is an error
 # make chaos   runs killed at random moments and resumed: KILLS=25 SEED=0
 # make fmt     format and repair what ruff can
 # make clean   remove everything that can be made again, .venv included
@@ -13,7 +14,7 @@ STAMP := .venv/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test chaos fmt clean
+.PHONY: setup demo test docs chaos fmt clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --dist loadfile
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py --kills $(KILLS) --seed $(SEED)
 
@@ -42,6 +46,6 @@ fmt: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info
