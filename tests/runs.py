@@ -81,7 +81,7 @@ def _write_run(folder: Path, changes: dict[str, Any]) -> Path:
             "text": "text",
             "target": "label",
         },
-        "quality": {"adapt_steps": 4},
+        "quality": {"adapt_steps": 4, **_all_terms(changes)},
         "ranks": {"mean_rank": 3, "max_rank": 8},
         "training": {
             "learning_rate": 1.0e-2,
@@ -92,6 +92,15 @@ def _write_run(folder: Path, changes: dict[str, Any]) -> Path:
         "output": str(folder / "run"),
     }
     return write_config(folder / "config.yaml", config, changes)
+
+
+def _all_terms(changes: dict[str, Any]) -> dict[str, Any]:
+    """Scored upfront by all three terms, or by those that the mode asked for can measure."""
+    mode = changes.get("quality.mode", "upfront")
+    if changes.get("quality.preset") == "paper" or mode == "none":
+        return {"mode": mode}
+    terms = {"gradient_norm": 1.0, "loss_reduction": float(mode == "upfront"), "convergence": 1.0}
+    return {"mode": mode, "weights": terms}
 
 
 def causal_run(folder: Path, samples: int = 120, **changes: Any) -> Path:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tsqlora.claims import claimed
 from tsqlora.completion import SHELLS
 from tsqlora.config import METRICS, RunConfig
 from tsqlora.endings import told
-from tsqlora.errors import ConfigError, TsqloraError
+from tsqlora.errors import TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
 from tsqlora.progress import Sayings, hide_others
 
@@ -325,11 +326,8 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 def _run(arguments: argparse.Namespace, config: RunConfig | None = None) -> Any:
     config = config or _config(arguments)
-    if arguments.verb == "score" and (mode := config.quality.mode) != "upfront":
-        raise ConfigError(
-            f"quality.mode: {mode} scores nothing before the training: use `tsqlora train`, or "
-            "add --set quality.mode=upfront."
-        )
+    if arguments.verb == "score" and config.quality.mode != "upfront":
+        config = replace(config, quality=replace(config.quality, mode="upfront"))
     if _is_first():
         arguments.held.enter_context(claimed(config.output))
     from tsqlora.pipeline import Run

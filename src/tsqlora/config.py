@@ -74,11 +74,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QualityWeights:
-    """The weights α₁, α₂, α₃ of the three terms of quality; a term of weight 0 is not measured."""
+    """The weights α₁, α₂, α₃ of the three terms of quality; a term of weight 0 is not measured.
 
-    gradient_norm: float = 1.0
-    loss_reduction: float = 1.0
-    convergence: float = 1.0
+    All are 0 by default, as none has paid for itself yet (benchmarks/LOG.md), and 1 in the paper's
+    preset.
+    """
+
+    gradient_norm: float = 0.0
+    loss_reduction: float = 0.0
+    convergence: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,19 @@ class QualityConfig:
     that train on them: targets are judged as they go by, doubtful ones weigh less at once, and each
     epoch is drawn by what was seen so far (`judging.py`, `online.py`); without the loss reduction,
     which takes passes of its own. `none` scores nothing. For both `fraction` is 1 by default, 0.5
-    else, and null in `adapt_steps` is no step.
+    else, and null in `adapt_steps` is no step. `auto` is online, or upfront where something is asked
+    for that only it can do: preset paper, a reference, the loss reduction, lookahead, depth, and
+    training.fsdp or deepspeed.
 
     `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).
     """
 
     fraction: _Share = None  # type: ignore[assignment]  # by the mode, once it is known
-    weights: QualityWeights = QualityWeights()
+    weights: QualityWeights = None  # type: ignore[assignment]  # by the preset
     temperature: _Positive = 1.0
     preset: Literal["default", "paper"] = "default"
     reference: _Path | None = None
-    mode: Literal["upfront", "online", "none"] = "upfront"
+    mode: Literal["auto", "upfront", "online", "none"] = "auto"
     adapt_steps: _CountOrZero | None = None
     lookahead: Literal["exact", "first_order", "second_order"] = "exact"
     depth: _Share = 1.0
@@ -121,10 +127,18 @@ class QualityConfig:
     duplicates: Literal["once", "all"] = "once"
 
     def __post_init__(self) -> None:
+        if self.weights is None:
+            object.__setattr__(
+                self, "weights", QualityWeights(*[float(self.preset == "paper")] * 3)
+            )
+        if self.mode == "auto":
+            object.__setattr__(self, "mode", "upfront" if self._needs_upfront() else "online")
         if self.fraction is None:
             object.__setattr__(self, "fraction", 0.5 if self.mode == "upfront" else 1.0)
-        if self.mode == "online" and self.weights.loss_reduction == QualityWeights.loss_reduction:
-            object.__setattr__(self, "weights", replace(self.weights, loss_reduction=0.0))
+
+    def _needs_upfront(self) -> bool:
+        asked = self.preset == "paper", self.reference, self.lookahead != "exact", self.depth < 1
+        return any(asked) or self.weights.loss_reduction != 0
 
 
 @dataclass(frozen=True)
@@ -243,6 +257,10 @@ def _checked(mapping: Any) -> tuple[dict[str, Any], list[str]]:
     if isinstance(training := values.get("training"), dict) and training:
         values["training"] = _fit_training(training, problems)
     given = mapping if isinstance(mapping, Mapping) else {}
+    quality = given.get("quality") or {}
+    sharded = {"fsdp", "deepspeed"} & set(values.get("training") or ())
+    if sharded and isinstance(quality, Mapping) and quality.get("mode", "auto") == "auto":
+        values["quality"] = replace(values["quality"], mode="upfront")
     if not any(problem.startswith("ranks") for problem in problems):
         problems.extend(rank_conflicts(values["ranks"], given.get("ranks") or {}))
     if not any(problem.startswith("quality") for problem in problems):

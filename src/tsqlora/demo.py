@@ -16,7 +16,6 @@ from tsqlora.config import (
     AdapterConfig,
     DataConfig,
     QualityConfig,
-    QualityWeights,
     RanksConfig,
     RunConfig,
 )
@@ -91,7 +90,7 @@ def demo_config(out: Path, model: Path, seed: int) -> RunConfig:
             target="intent",
             max_length=64,
         ),
-        quality=QualityConfig(fraction=FRACTION, weights=QualityWeights(0.0, 0.0, 0.0)),
+        quality=QualityConfig(mode="upfront", fraction=FRACTION),
         ranks=RanksConfig(mean_rank=8),
         adapter=AdapterConfig(),
         training={
