@@ -26,9 +26,8 @@ from transformers.models.auto import modeling_auto
 
 import tsqlora as tsq
 from reference import looped_gradients, looped_lookahead, loss_of
-from tiny import VOCABULARY, collate, rows_of, tiny_batch, with_lora
+from tiny import VOCABULARY, all_terms, collate, rows_of, tiny_batch, with_lora
 from tsqlora.batches import forward_logits, singly
-from tsqlora.config import QualityConfig
 from tsqlora.errors import TsqloraError
 from tsqlora.lookahead import one_step
 from tsqlora.lora_layers import PEFT_TASK_TYPES
@@ -219,7 +218,7 @@ def the_whole_way(make: Callable[[], Any], kind: str, batch: dict[str, Tensor]) 
     """The largest difference of logits between what was trained and what plain PEFT loads."""
     model = make()
     pool = Dataset.from_list(rows_of(batch))
-    scores = tsq.score_samples(model, pool, collated, QualityConfig(adapt_steps=2), batch_size=4)
+    scores = tsq.score_samples(model, pool, collated, all_terms(adapt_steps=2), batch_size=4)
     subset = tsq.select_samples(pool, scores, fraction=0.5)
     plan = tsq.allocate_ranks(tsq.layer_sensitivity(model, subset, collated), mean_rank=2)
     adapted = get_peft_model(model, tsq.lora_config(plan, task_type=PEFT_TASK_TYPES[kind]))

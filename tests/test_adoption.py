@@ -16,16 +16,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import tsqlora as tsq
-from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.adapter import active_ranks
-from tsqlora.config import QualityConfig
 from tsqlora.dynamic_rank import RankSchedule
 from tsqlora.errors import ConfigError, DataError, ModelError, TrainingError
 from tsqlora.lora_layers import lora_modules, trainable_state
 from tsqlora.selection import draw, unscored
 
 SAMPLES, FRACTION = 24, 0.5
-BRIEF = QualityConfig(adapt_steps=3)
+BRIEF = all_terms(adapt_steps=3)
 
 
 def pool(samples: int = SAMPLES) -> Dataset:
@@ -141,14 +140,14 @@ def test_a_fresh_adapter_is_adapted_for_scoring_and_comes_back_bit_for_bit() -> 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    as_it_is = tsq.score_samples(model, rows, collate, QualityConfig(adapt_steps=0), batch_size=8)
+    as_it_is = tsq.score_samples(model, rows, collate, all_terms(adapt_steps=0), batch_size=8)
     assert not np.allclose(scores.loss, as_it_is.loss, rtol=1e-4)
 
 
 def test_an_adapter_that_has_learnt_is_scored_as_it_is() -> None:
     model, rows = bert(random=True), pool()
     adapted = tsq.score_samples(model, rows, collate, BRIEF, batch_size=8)
-    as_it_is = tsq.score_samples(model, rows, collate, QualityConfig(adapt_steps=0), batch_size=8)
+    as_it_is = tsq.score_samples(model, rows, collate, all_terms(adapt_steps=0), batch_size=8)
     np.testing.assert_array_equal(adapted.loss, as_it_is.loss)
 
 

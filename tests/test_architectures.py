@@ -11,9 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import tsqlora as tsq
-from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model
+from tiny import KINDS, all_terms, collate, rows_of, tiny_batch, tiny_model
 from tsqlora.batches import forward_logits
-from tsqlora.config import QualityConfig
 from tsqlora.dynamic_rank import RankSchedule
 from tsqlora.lora_layers import PEFT_TASK_TYPES
 
@@ -26,7 +25,7 @@ def test_what_was_trained_is_what_plain_peft_loads(name: str, tmp_path: Path) ->
     batch = tiny_batch(kind, samples=8)
     pool = Dataset.from_list(rows_of(batch))
     before = {n: p.clone() for n, p in model.named_parameters()}
-    scores = tsq.score_samples(model, pool, collate, QualityConfig(adapt_steps=2), batch_size=4)
+    scores = tsq.score_samples(model, pool, collate, all_terms(adapt_steps=2), batch_size=4)
     subset = tsq.select_samples(pool, scores, fraction=0.5)
     plan = tsq.allocate_ranks(tsq.layer_sensitivity(model, subset, collate), mean_rank=2)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

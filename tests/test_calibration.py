@@ -13,10 +13,10 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import KINDS, all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import QualityScores, calibration
 from tsqlora.calibration import LEAST, ONE_IN, Known, calibrated, drawn_whole, measured_whole
-from tsqlora.config import QualityConfig, QualityWeights
+from tsqlora.config import QualityWeights
 from tsqlora.measuring import Meter, Wanted
 from tsqlora.scoring import Scorer
 
@@ -109,7 +109,7 @@ def test_with_every_sample_measured_whole_the_scores_are_the_full_ones(preset: A
     weights = QualityWeights(1.0, 1.0, 0.0)
     full, economical = (
         Scorer(
-            collate, QualityConfig(preset=preset, weights=weights, depth=depth), batch_size=32
+            collate, all_terms(preset=preset, weights=weights, depth=depth), batch_size=32
         ).score(adapted("bert"), rows("classification", 24))
         for depth in (1.0, 0.4)
     )
@@ -119,7 +119,7 @@ def test_with_every_sample_measured_whole_the_scores_are_the_full_ones(preset: A
 
 def economical_scores(tmp_path: Path, shares: int, batch_size: int = 4) -> QualityScores:
     model, pool = adapted("llama"), rows("causal-lm", 60)
-    scorer = Scorer(collate, QualityConfig(depth=0.4), batch_size=batch_size)
+    scorer = Scorer(collate, all_terms(depth=0.4), batch_size=batch_size)
     for first in range(shares):
         scorer.measure(model, pool, None, tmp_path, share=(first, shares))
     return scorer.scores(model, pool, None, tmp_path)
@@ -141,9 +141,9 @@ def test_economical_scores_depend_neither_on_the_processes_nor_on_the_batches(
 
 def test_the_economical_mode_costs_what_it_says() -> None:
     """Most samples: forward and 0.4 of a backward; one in 16: forward, backward, forward."""
-    scorer = Scorer(collate, QualityConfig(depth=0.4), batch_size=32)
+    scorer = Scorer(collate, all_terms(depth=0.4), batch_size=32)
     assert scorer.passes("classification", 1600) == pytest.approx(1500 * 0.7 + 100 * 1.5)
-    full = Scorer(collate, QualityConfig()).passes("classification", 1600)
+    full = Scorer(collate, all_terms()).passes("classification", 1600)
     assert scorer.passes("classification", 1600) / full == pytest.approx(0.5)
     model, pool = adapted("bert"), rows("classification", 200)
     counts: list[int] = []

@@ -15,10 +15,10 @@ from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiny import all_terms
 from tsqlora import columns
 from tsqlora.batches import _plan
 from tsqlora.columns import column, copied, distinct, in_python, kept, release
-from tsqlora.config import QualityConfig
 from tsqlora.global_batches import RandomOrder
 from tsqlora.null import others
 from tsqlora.quality import Measurements, QualityScores, quality_scores
@@ -95,9 +95,9 @@ def test_scores_do_not_depend_on_the_blocks(
     seed: int, samples: int, wrong: float, rows: int
 ) -> None:
     measured = pool(seed, samples, wrong)
-    expected = quality_scores(measured, QualityConfig())
+    expected = quality_scores(measured, all_terms())
     with on_disk(rows):
-        found = quality_scores(measured, QualityConfig())
+        found = quality_scores(measured, all_terms())
         partners = others(measured.group, np.random.default_rng(seed))
     for each in (f.name for f in fields(QualityScores) if f.compare):
         np.testing.assert_array_equal(getattr(found, each), getattr(expected, each), each)

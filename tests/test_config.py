@@ -188,7 +188,19 @@ def test_the_exact_budget_replaces_the_default_mean_rank() -> None:
 def test_the_mode_of_scoring_chooses_its_own_defaults() -> None:
     online = RunConfig.from_dict(changed("quality", {"mode": "online"}))
     assert (online.quality.fraction, online.quality.weights.loss_reduction) == (1.0, 0.0)
-    assert online.quality.weights.gradient_norm == online.quality.weights.convergence == 1.0
+    assert online.quality == RunConfig.from_dict(changed("quality", {})).quality
+    for upfront in (
+        {"preset": "paper"},
+        {"reference": "trusted.jsonl"},
+        {"depth": 0.4},
+        {"lookahead": "first_order"},
+        {"weights": {"loss_reduction": 1}},
+    ):
+        found = RunConfig.from_dict(changed("quality", upfront)).quality
+        assert (found.mode, found.fraction) == ("upfront", 0.5)
+        assert (found.weights.convergence == 1.0) == ("preset" in upfront)
+    sharded = RunConfig.from_dict(changed("training.fsdp", "full_shard"))
+    assert sharded.quality.mode == "upfront"
     none = RunConfig.from_dict(changed("quality", {"mode": "none"}))
     assert none.quality.fraction == 1.0
     for config in (online, none):
@@ -204,7 +216,11 @@ BAD = [
     ("quality.temperature", 0, "quality.temperature must be a number above 0"),
     ("quality.temperature", ".inf", "quality.temperature must be a number above 0"),
     ("quality.preset", "papr", "quality.preset must be default or paper, not 'papr'"),
-    ("quality.mode", "sometimes", "quality.mode must be upfront, online or none, not 'sometimes'"),
+    (
+        "quality.mode",
+        "sometimes",
+        "quality.mode must be auto, upfront, online or none, not 'sometimes'",
+    ),
     ("quality", {"mode": "online", "weights": {"loss_reduction": 1}}, "takes a forward of its own"),
     ("quality", {"mode": "online", "preset": "paper"}, "quality.preset: paper is for quality.mode"),
     ("quality", {"mode": "online", "reference": "r"}, "quality.reference is for quality.mode"),

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from runs import classification_run
-from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import fitting, score_samples, scoring
 from tsqlora.measuring import Wanted
 from tsqlora.pipeline import Run
@@ -69,7 +69,7 @@ def test_the_system_tells_what_memory_there_is() -> None:
 def test_the_size_found_is_kept_and_gives_the_same_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, rows, scorer = adapted(), pool(150), Scorer(collate)
+    model, rows, scorer = adapted(), pool(150), Scorer(collate, all_terms())
     scorer.measure(model, rows, None, tmp_path)
     monkeypatch.delattr(scoring, "fitting_batch_size")  # not tried again
     scorer.measure(model, rows, None, tmp_path, share=(1, 2))

@@ -18,7 +18,7 @@ from torch import Tensor
 import tsqlora as tsq
 from reference import looped_gradients, looped_lookahead, loss_of
 from test_per_sample_grads import checkpointed
-from tiny import KINDS, VOCABULARY, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import KINDS, VOCABULARY, all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.errors import ModelError
 from tsqlora.lookahead import one_step
 from tsqlora.per_sample_grads import Dots, Keep, PerSampleGradients, Sketch, SquaredNorms
@@ -188,7 +188,9 @@ def test_experts_that_are_linear_modules_are_exact_though_they_see_tokens_out_of
     model = with_lora(model, "seq2seq", target_modules=["wi", "wo", "q"])
     batch = tiny_batch("seq2seq", samples=6)
     true = torch.stack([flat(g).norm() for g in looped_gradients(model, "seq2seq", batch)])
-    found = Scorer(collate, batch_size=3).score(model, Dataset.from_list(rows_of(batch)))
+    found = Scorer(collate, all_terms(), batch_size=3).score(
+        model, Dataset.from_list(rows_of(batch))
+    )
     assert relative(torch.from_numpy(found.gradient_norm), true.double()) < 1e-5
 
 

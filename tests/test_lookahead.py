@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reference import looped_curvature, looped_gradients, looped_lookahead, loss_of
-from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
-from tsqlora.config import QualityConfig
+from tiny import KINDS, all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.lookahead import NUDGE, first_order, one_step, second_order
 from tsqlora.per_sample_grads import Keep, PerSampleGradients, SquaredNorms
 from tsqlora.scoring import Scorer
@@ -118,19 +117,19 @@ def test_scores_take_the_estimate_that_was_asked_for(
         "exact": before - looped_lookahead(double, kind, batch, steps),
     }
     for lookahead, expected in wanted.items():
-        scorer = Scorer(collate, QualityConfig(preset=preset, lookahead=lookahead))
+        scorer = Scorer(collate, all_terms(preset=preset, lookahead=lookahead))
         got = torch.from_numpy(scorer.score(model, rows).loss_reduction)
         assert torch.allclose(got.double(), expected, rtol=1e-3, atol=2e-4), lookahead
 
 
 def test_the_first_order_costs_no_forward() -> None:
-    wanted = [Scorer(collate, QualityConfig(lookahead=each)).wanted for each in LOOKAHEADS]
+    wanted = [Scorer(collate, all_terms(lookahead=each)).wanted for each in LOOKAHEADS]
     assert [each.halves for each in wanted] == [3, 2, 3]
     forwards = []
     for lookahead in LOOKAHEADS:
         model, calls = with_lora(tiny_model("bert"), "classification"), []
         model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         rows = Dataset.from_list(rows_of(tiny_batch("classification", samples=6)))
-        Scorer(collate, QualityConfig(lookahead=lookahead)).score(model, rows)
+        Scorer(collate, all_terms(lookahead=lookahead)).score(model, rows)
         forwards.append(len(calls))
     assert forwards[0] == forwards[2] == forwards[1] + 1

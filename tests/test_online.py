@@ -33,7 +33,8 @@ from tsqlora.scoring import Scorer
 from tsqlora.selection import QualitySampler, draw, unscored
 from tsqlora.training import PoolTrainer, training_arguments
 
-ONLINE = QualityConfig(mode="online", fraction=1.0)
+TERMS = QualityWeights(gradient_norm=1.0, convergence=1.0)
+ONLINE = QualityConfig(mode="online", fraction=1.0, weights=TERMS)
 SAMPLES = 10
 
 
@@ -141,8 +142,7 @@ def test_the_last_visit_counts_and_the_state_comes_back_the_same() -> None:
 
 def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
     rows = Dataset.from_dict({"id": np.arange(30) * 2})
-    weights = QualityConfig(mode="online").weights
-    quality = QualityConfig(mode="online", weights=weights, fraction=0.2)
+    quality = QualityConfig(mode="online", weights=TERMS, fraction=0.2)
     visits = Visits(30)
     found = OnlineScorer(Scorer(collate, quality), rows).scores(visits, tiny_model("bert"))
     assert found.probability == pytest.approx(np.full(30, 1 / 30))

@@ -11,6 +11,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiny import all_terms
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.credibility import (
     drawable,
@@ -87,13 +88,13 @@ def test_where_no_kin_are_told_apart_convergence_is_towards_the_whole_pool() -> 
 def test_convergence_is_towards_the_reference_where_it_was_known() -> None:
     pool = replace(measured(), alignment=np.linspace(-1, 1, 200))
     np.testing.assert_array_equal(convergence_terms(pool), pool.alignment)
-    got = quality_scores(pool, QualityConfig(), measured(seed=1))
+    got = quality_scores(pool, all_terms(), measured(seed=1))
     np.testing.assert_array_equal(got.convergence, pool.alignment)
 
 
 @given(st.integers(0, 10**6), st.floats(0.05, 5))
 def test_probabilities_add_up_and_follow_quality_among_equals(seed: int, tau: float) -> None:
-    got = quality_scores(measured(seed=seed), QualityConfig(temperature=tau))
+    got = quality_scores(measured(seed=seed), all_terms(temperature=tau))
     assert got.probability.sum() == pytest.approx(1)
     assert (got.probability >= 0).all()
     equals = got.credibility == got.credibility.max()
@@ -104,7 +105,7 @@ def test_probabilities_add_up_and_follow_quality_among_equals(seed: int, tau: fl
 def test_a_zero_weight_leaves_its_term_out() -> None:
     pool = measured()
     blind = replace(pool, loss_reduction=np.full(200, np.nan))
-    config = QualityConfig(weights=QualityWeights(loss_reduction=0.0))
+    config = all_terms(weights=QualityWeights(loss_reduction=0.0))
     np.testing.assert_array_equal(
         quality_scores(pool, config).quality, quality_scores(blind, config).quality
     )
@@ -115,7 +116,7 @@ def test_where_no_term_is_measured_credibility_alone_decides() -> None:
     pool = replace(
         measured(), gradient_norm=nothing, loss_reduction=nothing, sketch=np.zeros((200, 0))
     )
-    got = quality_scores(pool, QualityConfig(weights=QualityWeights(0.0, 0.0, 0.0)))
+    got = quality_scores(pool, all_terms(weights=QualityWeights(0.0, 0.0, 0.0)))
     assert (got.quality == 0).all()
     credible = np.where(got.credibility >= 0.7, got.credibility, 0)
     np.testing.assert_allclose(got.probability, credible / credible.sum())
@@ -247,7 +248,7 @@ def test_first_draws_follow_the_probabilities() -> None:
 
 
 def test_the_sampler_draws_afresh_each_epoch_and_the_same_again() -> None:
-    sampler = QualitySampler(quality_scores(measured(), QualityConfig()), 0.3, seed=5)
+    sampler = QualitySampler(quality_scores(measured(), all_terms()), 0.3, seed=5)
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
@@ -258,7 +259,7 @@ def test_the_sampler_draws_afresh_each_epoch_and_the_same_again() -> None:
 
 
 def test_grouping_by_length_keeps_the_draw_and_saves_padding() -> None:
-    draws = QualitySampler(quality_scores(measured(), QualityConfig()), 0.5, seed=5)
+    draws = QualitySampler(quality_scores(measured(), all_terms()), 0.5, seed=5)
     lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
     grouped = LengthGrouped(draws, lengths, 8)
     orders = []
@@ -278,7 +279,7 @@ def test_grouping_by_length_keeps_the_draw_and_saves_padding() -> None:
 
 
 def test_selected_rows_keep_their_order() -> None:
-    scores = quality_scores(measured(), QualityConfig())
+    scores = quality_scores(measured(), all_terms())
     dataset = Dataset.from_dict({"row": list(range(200))})
     rows = select_samples(dataset, scores, 0.25, seed=3)["row"]
     assert list(rows) == sorted(rows)
@@ -292,7 +293,7 @@ def test_selected_rows_keep_their_order() -> None:
 def test_scores_survive_parquet(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    scores = quality_scores(measured(), QualityConfig())
+    scores = quality_scores(measured(), all_terms())
     scores.to_parquet(tmp_path / "scores.parquet")
     again = QualityScores.from_parquet(tmp_path / "scores.parquet")
     for name in ("ids", "loss", "convergence", "credibility", "probability", "selected"):
@@ -316,7 +317,7 @@ def test_scores_survive_parquet(tmp_path: Path) -> None:
 
 def test_predictions_survive_parquet_where_there_are_some(tmp_path: Path) -> None:
     classes = np.arange(len(measured().ids), dtype=np.int32) % 3
-    scores = quality_scores(replace(measured(), predicted=classes), QualityConfig())
+    scores = quality_scores(replace(measured(), predicted=classes), all_terms())
     scores.to_parquet(tmp_path / "scores.parquet")
     again = QualityScores.from_parquet(tmp_path / "scores.parquet")
     np.testing.assert_array_equal(again.prediction, classes)

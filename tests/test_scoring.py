@@ -17,11 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference import looped_alignment, looped_gradients
 from runs import WORDS, classification_run, tokenizer
-from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import KINDS, all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import QualityScores, calibration, null, score_samples, scoring
 from tsqlora.batches import OWN, Pool, batches
 from tsqlora.collected import predictions
-from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import IGNORED
 from tsqlora.mismatch import mismatched_pairs
@@ -129,7 +128,7 @@ def test_batches_are_halved_when_memory_runs_out(error: RuntimeError) -> None:
     np.testing.assert_allclose(halved.convergence, plain.convergence, atol=1e-5)
     room = 0
     with pytest.raises(ModelError, match="single sample"):
-        scoring.Scorer(collate).score(model, rows)
+        scoring.Scorer(collate, all_terms()).score(model, rows)
 
 
 def test_other_errors_are_not_taken_for_want_of_memory() -> None:
@@ -211,7 +210,7 @@ def test_every_collator_of_a_trainer_will_do_and_the_model_stays_as_it_was(
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     required = {key: p.requires_grad for key, p in model.named_parameters()}
-    scores = score_samples(model, rows, collator, QualityConfig(adapt_steps=2), batch_size=4)
+    scores = score_samples(model, rows, collator, all_terms(adapt_steps=2), batch_size=4)
     assert len(scores.ids) == len(rows)
     for term in TERMS:
         assert np.isfinite(getattr(scores, term)).all()
@@ -241,7 +240,7 @@ def test_convergence_is_the_cosine_with_the_other_kins_mean_unit_gradient(name: 
     if kind == "regression":
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         kin = model(**inputs).logits[:, 0] > batch["labels"]
-    got = score_samples(model, rows, collate).convergence
+    got = score_samples(model, rows, collate, all_terms()).convergence
     for i in range(len(rows)):
         others = (kin == kin[i]) & (torch.arange(len(rows)) != i)
         wanted = torch.cosine_similarity(units[i], units[others].mean(0), dim=0)
@@ -276,7 +275,7 @@ def test_convergence_towards_a_reference_is_the_exact_cosine_with_its_mean_unit_
     model = embeddings_too(kind) if name == "embeddings" else adapted(name)
     batches = [tiny_batch(kind, samples, seed), tiny_batch(kind, trusted, seed + 1)]
     rows, reference = (Dataset.from_list(rows_of(batch)) for batch in batches)
-    scorer = scoring.Scorer(collate, batch_size=batch_size)
+    scorer = scoring.Scorer(collate, all_terms(), batch_size=batch_size)
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
         patch.setattr(scoring, "PART", part)
         got = scorer.score(model, rows, reference).convergence
@@ -292,7 +291,7 @@ def test_a_reference_is_flat_in_memory_takes_no_step_and_leaves_few_sums(
     model, rows = adapted("bert"), pool("classification")
     forwards: list[int] = []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    scorer = scoring.Scorer(collate, batch_size=4)
+    scorer = scoring.Scorer(collate, all_terms(), batch_size=4)
     assert scorer.passes("classification", 20, 24) == 1.5 * 20 + 24
     scorer.measure(model, rows.select(range(2)), rows, tmp_path)
     reference = Parts(tmp_path / "reference", len(rows))
@@ -307,7 +306,7 @@ def test_a_reference_is_flat_in_memory_takes_no_step_and_leaves_few_sums(
 
 def test_a_reference_is_summed_once_though_memory_ran_out() -> None:
     model, rows = adapted("bert"), pool("classification")
-    plain = scoring.Scorer(collate, batch_size=16).score(model, rows, rows).convergence
+    plain = scoring.Scorer(collate, all_terms(), batch_size=16).score(model, rows, rows).convergence
     rooms = iter([16, 16, 16, 16, 9, 5, 9, 5, 9])
 
     def limited(_: Any, __: Any, inputs: dict[str, torch.Tensor]) -> None:
@@ -315,8 +314,10 @@ def test_a_reference_is_summed_once_though_memory_ran_out() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     model.get_base_model().register_forward_pre_hook(limited, with_kwargs=True)
-    halved = scoring.Scorer(collate, batch_size=16).score(model, rows, rows).convergence
-    np.testing.assert_allclose(halved, plain, atol=1e-5)
+    halved = (
+        scoring.Scorer(collate, all_terms(), batch_size=16).score(model, rows, rows).convergence
+    )
+    np.testing.assert_allclose(halved.convergence, plain, atol=1e-5)
 
 
 def test_an_empty_reference_is_refused() -> None:

@@ -17,15 +17,14 @@ import tsqlora as tsq
 from reference import looped_gradients, looped_lookahead, loss_of
 from test_layer_kinds import EXPERTS
 from test_per_sample_grads import checkpointed
-from tiny import KINDS, SMALL, collate, rows_of, tiny_batch, tiny_model, with_lora
+from tiny import KINDS, SMALL, all_terms, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora.batches import evaluating, first
-from tsqlora.config import QualityConfig
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import infer_kind, sample_losses
 from tsqlora.scoring import Scorer
 from tsqlora.trials import try_out
 
-BRIEF = QualityConfig(adapt_steps=1)
+BRIEF = all_terms(adapt_steps=1)
 
 
 def scored(model: nn.Module, batch: dict[str, Tensor], collator: Any = collate) -> Any:

@@ -10,6 +10,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.lora_layers import PEFT_TASK_TYPES
 from tsqlora.targets import resolve_targets
 
@@ -247,9 +248,9 @@ def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Right-padded batches of `rows_of`."""
-    longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> Tensor:
+        longest = max(len(row[key]) for row in rows)
         return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
 
     first = rows[0]["labels"]
@@ -263,3 +264,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         "attention_mask": padded("attention_mask", 0),
         "labels": labels,
     }
+
+
+def all_terms(**keys: Any) -> QualityConfig:
+    """Scored upfront by all three terms, unless `keys` say otherwise."""
+    return QualityConfig(**{"weights": QualityWeights(1.0, 1.0, 1.0), **keys})

@@ -107,15 +107,15 @@ class QualityConfig:
     that train on them: targets are judged as they go by, doubtful ones weigh less at once, and each
     epoch is drawn by what was seen so far (`judging.py`, `online.py`); without the loss reduction,
     which takes passes of its own. `none` scores nothing. For both `fraction` is 1 by default, 0.5
-    else, and null in `adapt_steps` is no step. `auto` is online, or upfront where something is asked
-    for that only it can do: preset paper, a reference, the loss reduction, lookahead, depth, and
-    training.fsdp or deepspeed.
+    else, and null in `adapt_steps` is no step. `auto` is online, or upfront where something is
+    asked for that only it can do: preset paper, a reference, the loss reduction, lookahead, depth,
+    and training.fsdp or deepspeed.
 
     `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).
     """
 
     fraction: _Share = None  # type: ignore[assignment]  # by the mode, once it is known
-    weights: QualityWeights = None  # type: ignore[assignment]  # by the preset
+    weights: QualityWeights = QualityWeights()
     temperature: _Positive = 1.0
     preset: Literal["default", "paper"] = "default"
     reference: _Path | None = None
@@ -127,10 +127,8 @@ class QualityConfig:
     duplicates: Literal["once", "all"] = "once"
 
     def __post_init__(self) -> None:
-        if self.weights is None:
-            object.__setattr__(
-                self, "weights", QualityWeights(*[float(self.preset == "paper")] * 3)
-            )
+        if self.preset == "paper" and self.weights == QualityWeights():
+            object.__setattr__(self, "weights", QualityWeights(1.0, 1.0, 1.0))
         if self.mode == "auto":
             object.__setattr__(self, "mode", "upfront" if self._needs_upfront() else "online")
         if self.fraction is None:

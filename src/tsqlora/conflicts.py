@@ -39,8 +39,6 @@ def mode_conflicts(quality: Any, given: Mapping[str, Any]) -> Iterator[str]:
     if mode != "upfront":
         for key in (key for key, there in upfront.items() if there):
             yield f"quality.{key} is for quality.mode: upfront; leave it out"
-    elif upfront["preset: paper"] and not any(vars(quality.weights).values()):
-        yield "quality.weights: preset paper adds up its terms; give one a weight, or leave it out"
     elif upfront["preset: paper"] and upfront["reference"]:
         yield "quality.reference: quality.preset: paper knows none; leave it out"
 
