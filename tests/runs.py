@@ -83,6 +83,7 @@ def _write_run(folder: Path, changes: dict[str, Any]) -> Path:
         },
         "quality": {"adapt_steps": 4, **_all_terms(changes)},
         "ranks": {"mean_rank": 3, "max_rank": 8},
+        "adapter": {"start": "gradient"},
         "training": {
             "learning_rate": 1.0e-2,
             "num_train_epochs": 2,

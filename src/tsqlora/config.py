@@ -172,7 +172,8 @@ class AdapterConfig:
     steps train it as it is, and the planned adapter begins as the best approximation of it that
     the planned ranks allow. Its factors are brought onto `scale`, its function kept. `start` is
     for components that have learnt nothing (B = 0): their rows of A begin along the module's mean
-    gradient (docs/method.md §6), or `random`, as PEFT draws them.
+    gradient (docs/method.md §6), or `random`, as PEFT draws them. `auto` is gradient for
+    generation, and random for classes and numbers, as a gradient through a new head says little.
     """
 
     target_modules: _Name | _Names = "all-linear"
@@ -180,7 +181,7 @@ class AdapterConfig:
     scale: _Positive = 2.0
     dropout: _Dropout = 0.0
     init: _Path | None = None
-    start: Literal["gradient", "random"] = "gradient"
+    start: Literal["auto", "gradient", "random"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def configuration(seen: Seen, name: str) -> str:
         f"  # {seen.counted}: half of the rows have up to {low}, 99 in 100 up to {high}, the "
         f"longest {most}",
         f"  max_length: {seen.max_length}",
-        "quality: {fraction: 0.5}  # the better half of the rows, drawn afresh each epoch; 1: all",
+        "quality: {mode: online}  # targets are judged while training; upfront: before; none: not",
         "ranks: {mean_rank: 8}  # the budget: as many parameters as LoRA of rank 8 everywhere",
         "training:  # any key of transformers.TrainingArguments",
         f"  learning_rate: {RATES[task]:.1e}",

@@ -18,6 +18,7 @@ from tsqlora.directions import start_from_gradient
 from tsqlora.export import export_adapter
 from tsqlora.initial import InitialAdapter
 from tsqlora.lora_layers import PEFT_TASK_TYPES, lora_modules, wrap
+from tsqlora.losses import CAUSAL_LM, SEQ2SEQ
 from tsqlora.progress import tell
 from tsqlora.rank_rules import MARGINAL_GAIN
 from tsqlora.run_folder import RunFolder
@@ -37,6 +38,12 @@ def initial_adapter(config: RunConfig) -> InitialAdapter | None:
     found = InitialAdapter.read(config.adapter.init)
     found.check(config, auto_model(config.task))
     return found
+
+
+def along_gradient(config: RunConfig) -> bool:
+    """Whether fresh components begin along the mean gradient: `adapter.start`."""
+    generates = config.task in (SEQ2SEQ, CAUSAL_LM)
+    return config.adapter.start == "gradient" or (config.adapter.start == "auto" and generates)
 
 
 def first_model(config: RunConfig, base: PreTrainedModel) -> PeftModel:
@@ -67,7 +74,7 @@ def untrained_model(
 
 def spectrum_of(config: RunConfig) -> int:
     """How many singular values and directions the run takes with the sensitivity."""
-    wanted = config.adapter.start == "gradient" or config.ranks.rule == MARGINAL_GAIN
+    wanted = along_gradient(config) or config.ranks.rule == MARGINAL_GAIN
     return config.ranks.max_rank if wanted else 0
 
 
@@ -78,7 +85,7 @@ def measured_files(config: RunConfig, folder: RunFolder) -> list[Path]:
 
 def first_directions(config: RunConfig, folder: RunFolder) -> LayerSensitivity | None:
     """The measured sensitivity, whose directions fresh components take; None for `random`."""
-    return LayerSensitivity.load(folder.sensitivity) if config.adapter.start == "gradient" else None
+    return LayerSensitivity.load(folder.sensitivity) if along_gradient(config) else None
 
 
 def save_untrained(model: PeftModel, folder: Path) -> None:
