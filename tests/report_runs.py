@@ -103,8 +103,11 @@ def start(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: Any
     if rows is not None:
         train.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = changes.pop("data", {"text": "text", "target": "label"})
-    settings = {"model": "some/model", "task": "classification", "output": str(folder / "run")}
-    config = RunConfig.from_dict({**settings, "data": {"train": str(train), **data}, **changes})
+    settings: dict[str, Any] = {
+        "model": "some/model", "task": "classification", "output": str(folder / "run"),
+    }  # fmt: skip
+    settings |= {"quality": {"mode": "upfront"}, "data": {"train": str(train), **data}, **changes}
+    config = RunConfig.from_dict(settings)
     return RunFolder.create(folder / "run", config)
 
 

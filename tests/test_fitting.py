@@ -74,7 +74,7 @@ def test_the_size_found_is_kept_and_gives_the_same_scores(
     monkeypatch.delattr(scoring, "fitting_batch_size")  # not tried again
     scorer.measure(model, rows, None, tmp_path, share=(1, 2))
     found = scorer.scores(model, rows, None, tmp_path)
-    given = score_samples(model, rows, collate, batch_size=32)
+    given = score_samples(model, rows, collate, all_terms(), batch_size=32)
     np.testing.assert_allclose(found.loss, given.loss, rtol=1e-5)
     np.testing.assert_allclose(found.gradient_norm, given.gradient_norm, rtol=1e-4)
 
@@ -94,7 +94,7 @@ def test_scores_are_taken_in_the_precision_of_the_training(tmp_path: Path) -> No
         folder = tmp_path / str(bf16)
         folder.mkdir()
         run = Run.start(classification_run(folder, 60, **{"quality.adapt_steps": 0}))
-        scorer = Scorer(run.inputs.task.collate, batch_size=8, bf16=bf16)
+        scorer = Scorer(run.inputs.task.collate, all_terms(), batch_size=8, bf16=bf16)
         model = run.warm_model
         layer = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
         layer.register_forward_hook(lambda _, __, out: seen.add((bf16, out.dtype)))

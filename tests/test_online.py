@@ -321,13 +321,21 @@ def test_mode_none_scores_nothing_and_draws_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["online", "none"])
-def test_there_is_nothing_to_score_before_such_a_training(
+def test_scores_are_taken_upfront_where_nothing_but_them_is_asked_for(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = classification_run(tmp_path, 60, **{"quality.mode": mode})
-    assert main(["score", str(config)]) == 2
-    assert "scores nothing before the training" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert main(["score", str(config)]) == 0
+    scores = QualityScores.from_parquet(tmp_path / "run/scores.parquet")
+    assert np.isfinite(scores.loss).all()
+
+
+@pytest.mark.parametrize("name", ["deberta", "qwen2-moe"])
+def test_without_terms_any_model_can_be_judged_while_it_trains(name: str, tmp_path: Path) -> None:
+    trainer = trainer_of(name, tmp_path, True, terms=False)
+    trainer.train()
+    assert isinstance(trainer, OnlineTrainer)
+    assert np.isfinite(trainer.scores().loss).all()
 
 
 @pytest.mark.parametrize("name", ["deberta", "xlnet"])

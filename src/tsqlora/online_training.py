@@ -167,8 +167,11 @@ class OnlineTrainer(PoolTrainer):
             logits = outputs["logits"]
             losses = sample_losses(self.kind, logits.detach(), labels)
             credit = self._credited(positions, logits, losses, labels)
-            self._batch = self._noted(positions, labels, losses, logits.detach(), loss.detach())
-            self._batch.weights = self._batch.weights * credit
+            columns = self._columns(positions, labels, losses, logits.detach())
+            weights = credit
+            if self.recorder:
+                weights = credit * self._weights(labels, losses, logits.detach(), loss.detach())
+            self._batch = _Batch(columns, weights)
             loss.register_hook(self._batch.scaled)
         return (loss, outputs) if return_outputs else loss
 
@@ -186,18 +189,23 @@ class OnlineTrainer(PoolTrainer):
         logits.register_hook(lambda gradient: gradient * credit.view(shape).to(gradient.dtype))
         return credit
 
-    def _noted(
-        self, positions: Tensor, labels: Tensor, losses: Tensor, logits: Tensor, loss: Tensor
-    ) -> _Batch:
+    def _columns(
+        self, positions: Tensor, labels: Tensor, losses: Tensor, logits: Tensor
+    ) -> dict[str, Tensor]:
+        lengths = target_lengths(self.kind, labels).clamp(min=1)
+        columns = {POSITION: positions, "loss": losses, "length": lengths}
+        if self.kind in FREE:
+            columns |= {"label": labels, "output": logits.reshape(len(labels), -1)}
+        return columns
+
+    def _weights(self, labels: Tensor, losses: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """Each sample's share w_i of the step's loss (`recording.py`)."""
         lengths = target_lengths(self.kind, labels)
         total, smoothing = (losses * lengths).sum(), self.args.label_smoothing_factor
         if smoothing:
             total = summed_loss(self.kind, logits, labels, smoothing)
         over = self._targets / (self.current_gradient_accumulation_steps * processes.count())
-        columns = {POSITION: positions, "loss": losses, "length": lengths.clamp(min=1)}
-        if self.kind in FREE:
-            columns |= {"label": labels, "output": logits.reshape(len(labels), -1)}
-        return _Batch(columns, sample_weights(lengths, total, loss, over))
+        return sample_weights(lengths, total, loss, over)
 
 
 def pool_trainer(scorer: Scorer) -> Callable[..., PoolTrainer]:

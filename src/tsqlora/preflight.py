@@ -14,7 +14,7 @@ from transformers import Trainer
 from tsqlora import processes
 from tsqlora.allocation import check_ranks
 from tsqlora.batches import Collator, Pool, evaluating
-from tsqlora.config import RunConfig
+from tsqlora.config import QualityWeights, RunConfig
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.inputs import Splits
 from tsqlora.lora_layers import lora_modules
@@ -95,7 +95,7 @@ def check_recordable(model: PeftModel, kind: str, dataset: Dataset, collator: Co
 def check_run(config: RunConfig, model: PeftModel, splits: Splits, collator: Collator) -> None:
     """Check `ranks` against the adapted modules, and `training` by making a Trainer of it.
 
-    With quality.mode: online also that the training can score its samples.
+    With quality.mode: online also that the training can measure the terms that it is asked for.
 
     Raises:
         ConfigError: ranks that a module cannot take, a budget that is too small, or what the
@@ -127,4 +127,5 @@ def check_run(config: RunConfig, model: PeftModel, splits: Splits, collator: Col
     if config.quality.mode == "online":
         sharded = trainer.is_fsdp_enabled, bool(config.training.get("deepspeed"))
         refuse_shards(arguments, *sharded)
-        check_recordable(model, config.task, splits.train, collator)
+        if config.quality.weights != QualityWeights():
+            check_recordable(model, config.task, splits.train, collator)
