@@ -41,10 +41,7 @@ def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> Ru
             **seen.chosen.data,
             "max_length": seen.max_length,
         },
-        "quality": {
-            "weights": {"gradient_norm": 0.0, "loss_reduction": 0.0, "convergence": 0.0},
-            "adapt_steps": steps,
-        },
+        "quality": {"mode": "upfront", "adapt_steps": steps},
         "training": {
             "learning_rate": RATE,
             "max_steps": math.ceil(steps * LAST_RATE / (1 - LAST_RATE)),
