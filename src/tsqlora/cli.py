@@ -20,7 +20,7 @@ from tsqlora.claims import claimed
 from tsqlora.completion import SHELLS
 from tsqlora.config import METRICS, RunConfig
 from tsqlora.endings import told
-from tsqlora.errors import TsqloraError
+from tsqlora.errors import ConfigError, TsqloraError
 from tsqlora.interruption import Terminated, handling, stop
 from tsqlora.progress import Sayings, hide_others
 
