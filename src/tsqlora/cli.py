@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def score(arguments: argparse.Namespace) -> Result:
     """Quality scores only: which rows look wrong, ranked for a spreadsheet; a cleaned data set."""
     from tsqlora import processes
     from tsqlora.cleaned import check_clean
-    from tsqlora.score_only import drop_count, leave_files
+    from tsqlora.score_only import drop_count, leave_files, score_upfront
 
     drop, clean = drop_count(arguments.drop), arguments.write_clean and Path(arguments.write_clean)
     if drop is not None and clean is None:
@@ -55,7 +54,7 @@ def score(arguments: argparse.Namespace) -> Result:
     if clean is not None:
         check_clean(config.data.train, clean)
     run = _run(arguments, config)
-    scores = run.score()
+    scores = score_upfront(run)
     left = processes.from_main(lambda: leave_files(run, scores, clean, drop))
     return {
         "scores": str(run.folder.scores),
@@ -326,8 +325,6 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 def _run(arguments: argparse.Namespace, config: RunConfig | None = None) -> Any:
     config = config or _config(arguments)
-    if arguments.verb == "score" and config.quality.mode != "upfront":
-        config = replace(config, quality=replace(config.quality, mode="upfront"))
     if _is_first():
         arguments.held.enter_context(claimed(config.output))
     from tsqlora.pipeline import Run

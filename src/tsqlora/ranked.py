@@ -22,6 +22,7 @@ from tsqlora.artefacts import atomic_file
 from tsqlora.columns import column, copied
 from tsqlora.config import RunConfig
 from tsqlora.credibility import drawable
+from tsqlora.data import numbered
 from tsqlora.quality import QualityScores
 from tsqlora.row_texts import said_of
 
@@ -56,7 +57,8 @@ def write_ranked(
 ) -> None:
     """Write `COLUMNS` of every sample (of the first `MOST` in a larger pool) in their `ranking`.
 
-    `dataset` is what was loaded, whose rows the ids number; `labels` name predicted classes.
+    `dataset` is what was loaded or a part of it, with the ids of its rows; `labels` name predicted
+    classes.
     """
     order = ranking(scores)[:MOST]
     wrong, above = likely_wrong(scores), _share_below(scores.loss)
@@ -130,9 +132,13 @@ def _rows(
     dataset: Dataset, ids: np.ndarray, order: np.ndarray
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     """Positions in that order and their rows, some at a time."""
+    numbers = numbered(dataset)
+    numbers = np.arange(len(dataset)) if numbers is None else numbers
+    sorted_by = np.argsort(numbers, kind="stable")
     for start in range(0, len(order), ROWS):
         positions = order[start : start + ROWS]
-        columns = dataset[ids[positions].tolist()]
+        found = np.searchsorted(numbers, ids[positions], sorter=sorted_by)
+        columns = dataset[sorted_by[found].tolist()]
         rows = [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)

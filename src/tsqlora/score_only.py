@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> Ru
     for each in overrides:
         override(mapping, each)
     return RunConfig.from_dict(mapping)
+
+
+def score_upfront(run: Run) -> QualityScores:
+    """The scores under a brief adaptation, whatever `quality.mode` the training has.
+
+    The run folder keeps the configuration as it was given, so that the training can follow in it.
+    """
+    if run.config.quality.mode != "upfront":
+        quality = replace(run.config.quality, mode="upfront")
+        run.config = run.inputs.config = replace(run.config, quality=quality)
+    return run.score()
 
 
 def drop_count(given: str | None) -> float | int | None:
