@@ -12,18 +12,20 @@ HALF = "tsqlora_r4"
 HARM = -0.3
 FOUND = {"g2p": 0.95, "trec": 0.95, "sst2": 0.90}
 """AUROC of credibility that is asked for, by task."""
+ENOUGH = 5
+"""Seeds of a task below which nothing is said."""
 Row = tuple[str, str, str, str]
 
 
 def claims(cells: Cells, tasks: Sequence[str]) -> str:
     """A line a claim: target, measured [95 % interval] (tasks, pairs), whether that says so.
 
-    `no` where it does not, `yes` where all of it is on the right side; nothing where no cell is
-    there yet. Fewer tasks than the core's make it a claim of those tasks alone.
+    `no` where it does not, `yes` where all of it is on the right side; claims without any cell yet
+    are left out. Fewer tasks than the core's make it a claim of those tasks alone.
     """
     head = ("claim", "target", "measured", "holds")
     parts = (_gaps, _clean, _differences, _found)
-    return markdown([head, *(row for part in parts for row in part(cells, tasks))])
+    return markdown([head, *(row for part in parts for row in part(cells, tasks) if row[2])])
 
 
 def _gaps(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
@@ -83,4 +85,6 @@ def _shown(found: Interval, unit: str = "") -> str:
 def _holds(found: Interval, least: float) -> str:
     if not found.tasks:
         return ""
+    if found.pairs < ENOUGH * found.tasks:
+        return f"open: fewer than {ENOUGH} seeds"
     return "yes" if found.low >= least else "no"

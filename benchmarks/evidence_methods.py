@@ -143,6 +143,7 @@ METHODS: dict[str, Method] = {
 }
 RATE_OF = {
     **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random", "lora_r4"), "lora"),
+    "tsqlora_quality_only": "lora",
     **dict.fromkeys(("tsqlora_trusted", "tsqlora_r4", "tsqlora_06", "tsqlora_terms"), "tsqlora"),
 }
 """Whose rate a method takes: plain LoRA on other rows its own, the default's kin the default's."""

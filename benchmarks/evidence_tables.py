@@ -18,7 +18,10 @@ from evidence_stats import (
     mean_interval,
 )
 
-PLAIN = "lora"
+PLAIN, SEEDS = "lora", 5
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- evidence: by benchmarks/evidence.py tables -->", "<!-- /evidence -->"
 
 
 def metric_table(cells: Cells, task: str) -> str:
@@ -110,8 +113,27 @@ def write_tables(lines: Sequence[Line], folder: Path) -> str:
         parts += [metric_table(cells, task)]
     text = "\n\n".join(parts) + "\n"
     (folder / "evidence.md").write_text(text, encoding="utf-8")
+    for readme, shown in ((folder.parent / "README.md", text), (ROOT / "README.md", _short(cells))):
+        if folder == RESULTS:
+            _show(readme, shown)
     plot(cells, folder)
     return text
+
+
+def _short(cells: Cells) -> str:
+    """The methods that have all seeds of g2p, for the front page."""
+    full = [m for m in cells.names(2) if len(cells.values("g2p", "wrong20", m)) >= SEEDS]
+    kept = [line for line in cells.lines.values() if line["method"] in full]
+    return metric_table(Cells([line for line in kept if line["task"] == "g2p"]), "g2p")
+
+
+def _show(readme: Path, text: str) -> None:
+    """Put `text` between the two marks of a README."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    shown = text.replace("\n## ", "\n### ").removeprefix("## ").strip()
+    shown = f"### {shown}" if text.startswith("## ") else shown
+    readme.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{end}{after}", encoding="utf-8")
 
 
 def plot(cells: Cells, folder: Path) -> None:
