@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from test_online import trainer_of
 from tiny import KINDS
 from tsqlora.credibility import drawable
 from tsqlora.judging import COMEBACK, LOWEST, Judge, Null, inclusion, window_ends
+from tsqlora.model_card import dropped_line
 from tsqlora.online_training import OnlineTrainer
-from tsqlora.selection import rounds
+from tsqlora.selection import rounds, unscored
 
 WRONG = 0.2
 EVERY = np.arange(500)
@@ -187,3 +189,15 @@ def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
         norms = [trainer.visits.column("gradient_norm") for trainer in (every, some)]
         np.testing.assert_allclose(*norms, rtol=1e-4)
     assert KINDS["bert"] == "classification"
+
+
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_the_model_card_says_what_was_left_out_and_why(wrong: int, tmp_path: Path) -> None:
+    scores = unscored(np.arange(40), 1.0, 0, "about 8% of the targets look wrong")
+    credibility = np.where(np.arange(40) < wrong, 0.01, 1.0)
+    replace(scores, credibility=credibility).to_parquet(tmp_path / "scores.parquet")
+    said = dropped_line(tmp_path / "scores.parquet")
+    counted = "3 of its 40 samples were left out or seldom drawn"
+    assert said.strip().startswith(counted if wrong else "None of its samples was left out")
+    assert "about 8% of the targets look wrong." in said
+    assert dropped_line(tmp_path / "none.parquet") == ""

@@ -28,7 +28,7 @@ from tsqlora.data import load_dataset
 from tsqlora.errors import RunError
 from tsqlora.export import export_adapter
 from tsqlora.metrics import evaluate
-from tsqlora.model_card import model_card
+from tsqlora.model_card import dropped_line, model_card
 from tsqlora.run_folder import RunFolder
 from tsqlora.sharded import is_sharded
 from tsqlora.tasks import Task, make_task
@@ -91,7 +91,9 @@ class FinishedRun:
             export_adapter(self.model(), folder, format)
             self.task.save_tokenizers(folder)
             if format != "merged":
-                atomic_write_text(folder / "README.md", model_card(self.config, self.task))
+                dropped = dropped_line(self.folder.scores)
+                card = model_card(self.config, self.task, dropped)
+                atomic_write_text(folder / "README.md", card)
         return out
 
 
@@ -102,7 +104,8 @@ def finish(config: RunConfig, folder: RunFolder, task: Task, model: PeftModel) -
         with atomic_folder(folder.adapter) as made:
             export_adapter(model, made)
             task.save_tokenizers(made)
-            atomic_write_text(made / "README.md", model_card(config, task))
+            card = model_card(config, task, dropped_line(folder.scores))
+            atomic_write_text(made / "README.md", card)
     elif is_sharded(model):  # its shards are wanted
         with TemporaryDirectory() as unused:
             export_adapter(model, unused)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tsqlora.config import RunConfig
+from tsqlora.credibility import drawable
+from tsqlora.quality import QualityScores
 from tsqlora.tasks import Task
 
 _LOADERS = {
@@ -21,7 +25,7 @@ tags:
 
 A plain PEFT LoRA adapter for {kind}, trained by
 [TsqLoRA](https://arxiv.org/abs/2509.18585) on `{data}`.
-
+{dropped}
 ```python
 from peft import {loader}
 
@@ -33,8 +37,18 @@ PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export R
 {labels}"""
 
 
-def model_card(config: RunConfig, task: Task) -> str:
-    """The card's text."""
+def dropped_line(scores: Path) -> str:
+    """What of the training data was left out and why, by `scores.parquet`; nothing without it."""
+    if not scores.exists():
+        return ""
+    found = QualityScores.from_parquet(scores)
+    count = int((~drawable(found.credibility)).sum())
+    left = f"{count:,} of its {len(found.ids):,} samples were left out or seldom drawn"
+    return f"\n{left if count else 'None of its samples was left out'}: {found.verdict}.\n"
+
+
+def model_card(config: RunConfig, task: Task, dropped: str = "") -> str:
+    """The card's text; `dropped` as `dropped_line` says it."""
     heads = f", num_labels={max(len(task.labels), 1)}" if task.peft_task_type == "SEQ_CLS" else ""
     labels = [f"{i}: {name}" for i, name in enumerate(task.labels)]
     return _CARD.format(
@@ -43,5 +57,6 @@ def model_card(config: RunConfig, task: Task) -> str:
         data=config.data.train,
         loader=_LOADERS[task.peft_task_type],
         heads=heads,
+        dropped=dropped,
         labels="\nLabels: " + ", ".join(labels) + ".\n" if labels else "",
     )
