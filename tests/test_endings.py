@@ -26,9 +26,12 @@ def test_the_paths_that_are_named_are_there_and_the_commands_parse(
     paths = re.findall(rf"{re.escape(str(config.parent))}\S*", told)
     assert paths
     assert all(Path(path).exists() for path in paths)
-    for line in after.splitlines():
-        _, *arguments = shlex.split(line, comments=True)
+    commands = [shlex.split(line, comments=True) for line in after.splitlines()]
+    assert {words[0] for words in commands} <= {"tsqlora", "open"}
+    for _, *arguments in (words for words in commands if words[0] == "tsqlora"):
         parser().parse_args(arguments)
+    for words in (words for words in commands if words[0] == "open"):
+        assert Path(words[1]).is_file()
 
 
 def test_a_training_tells_metrics_before_and_after_and_what_it_cost(

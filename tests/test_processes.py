@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from runs import classification_run
-from tsqlora import QualityScores, processes, scoring
+from tsqlora import LayerSensitivity, QualityScores, processes, scoring
 from tsqlora.pipeline import Run
 
 SMALL_PARTS = "from tsqlora import scoring; scoring.PART = 2\n"
@@ -58,8 +58,12 @@ scoring.Parts.write = noted
     np.testing.assert_allclose(together.quality, alone.quality, rtol=0, atol=1e-6)
     np.testing.assert_allclose(together.probability, alone.probability, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(together.selected, alone.selected)
-    for name in ("scores", "sensitivity", "plan"):
+    for name in ("scores", "plan"):
         assert getattr(two.folder, name).read_bytes() == getattr(run.folder, name).read_bytes()
+    found, wanted = (LayerSensitivity.load(each.folder.sensitivity) for each in (two, run))
+    assert found.modules == wanted.modules, "to the last bit, as batches are added in their order"
+    for name, values in wanted.spectrum.items():  # of sketches, added up by process
+        np.testing.assert_allclose(found.spectrum[name], values, rtol=1e-5, atol=1e-9)
 
 
 def test_scoring_that_was_killed_goes_on_to_the_same_bytes(

@@ -241,7 +241,7 @@ def test_another_configuration_is_refused_and_the_keys_that_differ_are_named(
         RunFolder.create(tmp_path, other, resume)
     message = str(caught.value)
     assert "seed: 0 -> 3" in message
-    assert "quality.fraction: 0.5 -> 0.25" in message
+    assert "quality.fraction: 1.0 -> 0.25" in message
     assert "training.learning_rate: 0.001 -> None" in message
     assert "choose another `output`" in message
     assert run.config.read_text() == written
