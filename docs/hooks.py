@@ -12,7 +12,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("benchmarks/*.md", "benchmarks/results/*.json", "CHANGELOG.md", "CONTRIBUTING.md")
+OUTSIDE = ("benchmarks/*.md", "benchmarks/results/*.[!m]*", "CHANGELOG.md", "CONTRIBUTING.md")
 """Put into the site under the names that they have in the repository, with `EXAMPLES`."""
 EXAMPLES = "examples/*.*"
 FOLDERS = {"benchmarks": "benchmarks/README.md", "examples": "docs/adoption.md"}
