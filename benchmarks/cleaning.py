@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence_data import read_rows
-from evidence_tables import mean_interval
+from evidence_stats import markdown, mean_interval
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from transformers import AutoModel
@@ -232,11 +232,10 @@ def read(path: Path) -> list[Line]:
 
 def tables(lines: list[Line]) -> str:
     """Mean and 95 % interval (Student's t over seeds) of each method."""
-    told = [
-        "| data | judge | precision at the planted count | flagged: precision / recall | "
-        "passes a sample | seeds |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows: list[Sequence[str]] = [
+        ("data", "judge", "precision at the planted count", "flagged: precision / recall",
+         "passes a sample", "seeds")
+    ]  # fmt: skip
     for samples in sorted({x["samples"] for x in lines}):
         for task in TASKS:
             here = [x for x in lines if (x["task"], x["samples"]) == (task, samples)]
@@ -247,11 +246,10 @@ def tables(lines: list[Line]) -> str:
                     float(np.mean([x[name] for x in own]))
                     for name in ("flag_precision", "flag_recall", "passes")
                 )
-                told.append(
-                    f"| {task}, {samples:,} | {method} | {found} | {precision:.2f} / {recall:.2f} "
-                    f"| {passes / samples:.2f} | {len(own)} |"
-                )
-    return "\n".join(told)
+                flagged, cost = f"{precision:.2f} / {recall:.2f}", f"{passes / samples:.2f}"
+                judged = (f"{task}, {samples:,}", method, str(found), flagged)
+                rows.append((*judged, cost, str(len(own))))
+    return markdown(rows)
 
 
 def main() -> None:

@@ -211,16 +211,6 @@ def _check_launched(asked: Any) -> None:
     parses(asked.training_script_args)
 
 
-def check_python(words: list[str]) -> None:
-    """`-c` is run; a script or module elsewhere than here is not ours to check."""
-    if words[0] == "-c":
-        exec(words[1], {})
-    elif words[0] == "-m" and words[1] == "tsqlora":
-        run_ours(words[2:])
-    elif (ROOT / words[0]).exists():
-        compile((ROOT / words[0]).read_text("utf-8"), words[0], "exec")
-
-
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "pip": check_pip,

@@ -41,8 +41,8 @@ ORDER = [
     "run_folder", "zero_settings", "training", "two_parts", "starting", "cost", "online_training",
     "inputs", "preflight",
     "model_card", "finished", "baseline",
-    "figures", "charts", "packed", "report_ranks", "report_texts", "report_table", "report_samples",
-    "report", "pipeline", "row_texts", "ranked", "cleaned",
+    "figures", "charts", "packed", "report_ranks", "row_texts", "report_texts", "report_table",
+    "report_samples", "report", "pipeline", "ranked", "cleaned",
     "packaged", "seeing", "first_config", "score_only", "demo_data", "demo", "arguments",
     "completion", "endings", "cli", "__main__",
 ]  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tsqlora.artefacts import read_json
-from tsqlora.config import DataConfig, RunConfig
+from tsqlora.config import RunConfig
 from tsqlora.errors import DataError, TsqloraError
 from tsqlora.run_folder import RunFolder
 
@@ -65,6 +65,7 @@ class Texts:
 def read_texts(folder: RunFolder, config: RunConfig, ids: np.ndarray) -> Texts:
     """What the training data says about the samples `ids`; nothing, and why, if it is gone."""
     from tsqlora.data import load_dataset
+    from tsqlora.row_texts import said_of
     from tsqlora.sources import said
 
     try:
@@ -73,10 +74,10 @@ def read_texts(folder: RunFolder, config: RunConfig, ids: np.ndarray) -> Texts:
             raise DataError(
                 f"data.train: {said(config.data.train)} has fewer rows than when it was scored."
             )
-        rows = [_said(row, config.data, dataset.features) for row in _rows(dataset, ids)]
+        rows = [said_of(row, config.data, dataset.features, False) for row in _rows(dataset, ids)]
         return Texts(
-            [text for text, _ in rows],
-            [target for _, target in rows],
+            [_start(text) for text, _ in rows],
+            [_start(target) for _, target in rows],
             _labels(folder, config, dataset),
             _classes(dataset, config),
         )
@@ -101,24 +102,6 @@ def _rows(dataset: Dataset, ids: np.ndarray) -> Iterator[dict[str, Any]]:
             yield dict(zip(batch, values, strict=True))
 
 
-def _said(
-    row: Mapping[str, Any], data: DataConfig, features: Mapping[str, Any]
-) -> tuple[Said, Said]:
-    """(text, target) of a row, as configured."""
-    from tsqlora.data import render
-
-    if data.messages is not None:
-        turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in row[data.messages]]
-        return _start(" ".join(turns[:-1])), _start(" ".join(turns[-1:]))
-    specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
-    text = _start(" ‖ ".join(render(row, spec) for spec in specs))
-    if data.target is None:
-        return text, _start("")
-    if data.target in features:
-        return text, _start(_label(row[data.target], features[data.target]))
-    return text, _start(render(row, data.target))
-
-
 def _labels(folder: RunFolder, config: RunConfig, dataset: Dataset) -> tuple[str, ...]:
     """As training found them, or as it would."""
     from tsqlora.labels import class_names
@@ -131,21 +114,10 @@ def _labels(folder: RunFolder, config: RunConfig, dataset: Dataset) -> tuple[str
 
 
 def _classes(dataset: Dataset, config: RunConfig) -> dict[int, str]:
+    from tsqlora.row_texts import label_said
+
     column, features = config.data.target, dataset.features
     if config.task != "classification" or column not in features:
         return {}
-    named = (_label(value, features[column]) for value in dataset[column][:])
+    named = (label_said(value, features[column]) for value in dataset[column][:])
     return dict(zip(dataset["id"][:], named, strict=True))
-
-
-def _label(value: Any, feature: Any) -> str:
-    """The class's name where the data set names its classes, else the value."""
-    from tsqlora.labels import label_name
-
-    names = getattr(feature, "names", None)
-    if names and isinstance(value, int):
-        return str(names[value]) if value >= 0 else str(value)
-    try:
-        return label_name(value)
-    except DataError:
-        return str(value)

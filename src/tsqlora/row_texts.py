@@ -12,18 +12,20 @@ from tsqlora.labels import label_name
 
 
 def said_of(
-    row: Mapping[str, Any], data: DataConfig, features: Mapping[str, Any]
+    row: Mapping[str, Any], data: DataConfig, features: Mapping[str, Any], lines: bool = True
 ) -> tuple[str, str]:
     """(input, target) of a row, whole, by the columns that are configured.
+
+    Turns, and the texts of a pair, are on lines of their own, or all on one.
 
     Raises:
         DataError: a value is missing or is not text or a number.
     """
     if data.messages is not None:
         turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in row[data.messages]]
-        return "\n".join(turns[:-1]), "\n".join(turns[-1:])
+        return ("\n" if lines else " ").join(turns[:-1]), "".join(turns[-1:])
     specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
-    text = "\n".join(render(row, spec) for spec in specs)
+    text = ("\n" if lines else " ‖ ").join(render(row, spec) for spec in specs)
     if data.target is None:
         return text, ""
     if data.target in features:
