@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launched import Launch, launched_twice, without_dropout
 from runs import classification_run
 from test_parallel import as_texts, noting
 from tsqlora import dynamic_rank, processes
@@ -189,25 +187,6 @@ def launched(home: Path) -> None:
         note(name, refusal(home / f"{name}.yaml"))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What two processes left, and one beside it."""
-
-    home: Path
-    one: Run
-    half: Run
-    alone: dict[str, list[Any]]
-    said: str
-
-    def note(self, name: str, process: int) -> Any:
-        left = self.home / f"{name}-{process}.json"
-        assert left.exists(), self.said[-5000:]
-        return json.loads(left.read_text())
-
-    def run(self, name: str) -> Run:
-        return Run.open(self.home / name)
-
-
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     home = tmp_path_factory.mktemp("deepspeed")
@@ -231,30 +210,14 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         config(name, **quarter, **half, **{"training.deepspeed": given})
     for name, (given, _) in WRONG.items():
         config(name, **quarter, **{"training.deepspeed": given})
-    settings = home / "model" / "config.json"
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), **dropout}))
+    without_dropout(home / "model")
     with noting() as alone:
         run = Run.start(one)
         run.train()
         run.evaluate()
-    halved = Run.start(other)
-    halved.train()
-    (home / "main.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(home / "main.py"), str(home)),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"},
-    )
-    return Launch(home, run, halved, alone, done.stdout + done.stderr)
+    Run.start(other).train()
+    done = launched_twice(home, SCRIPT, 900, DS_ACCELERATOR="cpu")
+    return Launch(home, run, alone, done.returncode, done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -303,7 +266,7 @@ def test_in_16_bits_processes_agree_and_learn_what_one_learns(launch: Launch, na
     assert first["ranks"] == second["ranks"]
     log, reference = (
         [json.loads(line)["loss"] for line in run.folder.train_log.read_text().splitlines()]
-        for run in (launch.run(name), launch.half)
+        for run in (launch.run(name), launch.run("half"))
     )
     print(f"{name}: losses {log}, of one process in 16 bits {reference}")
     assert log == pytest.approx(reference, rel=0.02)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from reference import inclusion_one_by_one
 from test_online import trainer_of
-from tiny import KINDS
 from tsqlora.credibility import drawable
 from tsqlora.judging import COMEBACK, LOWEST, Judge, Null, inclusion, window_ends
 from tsqlora.model_card import dropped_line
@@ -143,8 +142,6 @@ def test_windows_grow_with_the_training_to_a_sixth_of_the_pool() -> None:
 class Doubts(Judge):
     """Says c of every sample by its label."""
 
-    curve = np.ones(1)
-
     def __init__(self, credit: dict[int, float]) -> None:
         super().__init__(10)
         self.curve, self.credit = np.ones(1), credit
@@ -188,7 +185,6 @@ def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
             trainer.visits.settle()
         norms = [trainer.visits.column("gradient_norm") for trainer in (every, some)]
         np.testing.assert_allclose(*norms, rtol=1e-4)
-    assert KINDS["bert"] == "classification"
 
 
 @pytest.mark.parametrize("wrong", [0, 3])

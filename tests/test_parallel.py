@@ -6,10 +6,6 @@ One launch does it all, as a process takes several seconds to start.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from launched import Launch, launched_twice, without_dropout
 from runs import classification_run
 from tsqlora import QualityScores
 from tsqlora.artefacts import read_json
@@ -123,25 +120,6 @@ class noting:
         GlobalBatchTrainer.get_batch_samples, DynamicRank.step = self.kept  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What two processes left, and one beside it."""
-
-    home: Path
-    one: Run
-    alone: dict[str, list[Any]]
-    status: int
-    said: str
-
-    def note(self, name: str, process: int) -> Any:
-        left = self.home / f"{name}-{process}.json"
-        assert left.exists(), self.said[-5000:]
-        return json.loads(left.read_text())
-
-    def run(self, kind: str) -> Run:
-        return Run.open(self.home / kind)
-
-
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     home = tmp_path_factory.mktemp("parallel")
@@ -159,28 +137,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
             config(kind + again, kind + again, **half, **more)
     config("failing", "failing", **half)
     config("mistake", "mistake", **{"data.text": "no such column"})
-    settings = home / "model" / "config.json"
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), **dropout}))
+    without_dropout(home / "model")
     with noting() as alone:
         run = Run.start(one)
         run.train()
         run.evaluate()
-    (home / "main.py").write_text(SCRIPT)
-    here = str(Path(__file__).parent)
-    paths = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(home / "main.py"), str(home)),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-    )
+    done = launched_twice(home, SCRIPT, 300)
     return Launch(home, run, alone, done.returncode, done.stderr)
 
 

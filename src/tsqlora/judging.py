@@ -22,7 +22,6 @@ import numpy as np
 
 from tsqlora.credibility import (
     CREDIBLE,
-    Credibility,
     Floats,
     Ints,
     drawable,
@@ -91,7 +90,7 @@ class Judge:
 
     def close(
         self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None
-    ) -> Credibility:
+    ) -> None:
         """Judge the samples of a window that has ended, at `positions` in the pool.
 
         `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. A window
@@ -102,7 +101,7 @@ class Judge:
         found = from_null(u, classes)
         self.fresh = bool((found.values < 1).any())
         if not found.known:
-            return found
+            return
         self.null, self.judged[positions] = null, True
         if self.fresh:
             order = np.argsort(u, kind="stable")
@@ -112,7 +111,6 @@ class Judge:
         elif len(self.curve):
             doubted = self.credibility[positions] < 1
             self.credibility[positions[doubted]] = self._along(u[doubted])
-        return found
 
     def _along(self, u: Floats) -> Floats:
         return np.interp(u, np.linspace(0, 1, GRID), self.curve)

@@ -49,12 +49,12 @@ class Visits:
 
     Attributes:
         last: 1 + the epoch of the last visit (N), 0 where there was none.
-        window: positions of what has settled since a window was taken.
+        window: positions of what has settled since a window was taken, by batches.
     """
 
     def __init__(self, samples: int) -> None:
         self.last = np.zeros(samples, dtype=np.int32)
-        self.window = np.zeros(0, dtype=np.int64)
+        self.window: list[np.ndarray] = []
         self._columns: Columns = {}
         self._fresh: list[tuple[int, Columns]] = []
 
@@ -74,7 +74,7 @@ class Visits:
     def _put(self, stamp: int, columns: Columns) -> None:
         positions = columns[POSITION]
         self.last[positions] = stamp
-        self.window = np.concatenate([self.window, positions])
+        self.window.append(positions)
         for name, values in columns.items():
             if name not in self._columns:
                 shape = (len(self.last), *values.shape[1:])
@@ -99,9 +99,15 @@ class Visits:
         """The same at once."""
         yield np.arange(len(self.seen)), self._columns[name][self.seen]
 
-    def take_window(self) -> tuple[np.ndarray, Window]:
-        """The positions visited since the last call, in the pool's order, and what was measured."""
-        positions, self.window = np.unique(self.window), self.window[:0]
+    def take_window(self, least: int) -> tuple[np.ndarray, Window] | None:
+        """The positions visited since the last time, in the pool's order, and what was measured.
+
+        None, and nothing is taken, of fewer than `least`.
+        """
+        positions = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *self.window]))
+        if len(positions) < least:
+            return None
+        self.window = []
         columns = {name: values[positions] for name, values in self._columns.items()}
         return positions, Window(columns)
 
@@ -109,12 +115,13 @@ class Visits:
         """All of it as arrays, those of the samples seen."""
         seen = self.seen
         columns = {f"column.{name}": values[seen] for name, values in self._columns.items()}
-        return {"last": self.last, "window": self.window, **columns}
+        window = np.concatenate([np.zeros(0, dtype=np.int64), *self.window])
+        return {"last": self.last, "window": window, **columns}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         self.last, self._columns, self._fresh = state["last"].copy(), {}, []
-        self.window = state["window"]
+        self.window = [state["window"]]
         named = {k.removeprefix("column."): v for k, v in state.items() if k.startswith("column.")}
         for name, values in named.items():
             whole = np.zeros((len(self.last), *values.shape[1:]), values.dtype)
@@ -160,7 +167,7 @@ class OnlineScorer:
         self.spent, self._windows, self._ends = 0.0, 0, window_size(len(rows), 0)
         self._pairs: list[Null] = []
 
-    def window_ends(self, visits: int) -> bool:
+    def window_is_over(self, visits: int) -> bool:
         """Whether a window has ended after so many visits; the next one begins then."""
         if visits < self._ends:
             return False
@@ -169,9 +176,10 @@ class OnlineScorer:
 
     def close_window(self, visits: Visits, model: nn.Module) -> None:
         """Judge what was visited since the last time, once it is enough; alike in all processes."""
-        if len(np.unique(visits.window)) < ENOUGH:
+        taken = visits.take_window(ENOUGH)
+        if taken is None:
             return
-        positions, window = visits.take_window()
+        positions, window = taken
         kind = infer_kind(model)
         null = processes.from_main(lambda: self._null(window, model, kind))
         self._windows += 1

@@ -41,7 +41,7 @@ REPORTED = "reported/"
 
 @dataclass
 class _Batch:
-    """What a training forward has left to be completed by the backward."""
+    """What a training forward has left; the backward completes `weights` where they are wanted."""
 
     columns: dict[str, Tensor]
     weights: Tensor
@@ -168,11 +168,11 @@ class OnlineTrainer(PoolTrainer):
             losses = sample_losses(self.kind, logits.detach(), labels)
             credit = self._credited(positions, logits, losses, labels)
             columns = self._columns(positions, labels, losses, logits.detach())
-            weights = credit
+            self._batch = _Batch(columns, credit)
             if self.recorder:
-                weights = credit * self._weights(labels, losses, logits.detach(), loss.detach())
-            self._batch = _Batch(columns, weights)
-            loss.register_hook(self._batch.scaled)
+                shares = self._weights(labels, losses, logits.detach(), loss.detach())
+                self._batch.weights = credit * shares
+                loss.register_hook(self._batch.scaled)
         return (loss, outputs) if return_outputs else loss
 
     def _credited(
@@ -262,7 +262,7 @@ class _OnlineCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The end of a window, in all processes at once."""
-        if self.trainer.scoring.window_ends(self.trainer.visited):
+        if self.trainer.scoring.window_is_over(self.trainer.visited):
             self.trainer.close_window()
 
     def on_epoch_end(

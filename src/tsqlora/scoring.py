@@ -59,7 +59,6 @@ class Scorer:
             fewer of all once memory has run out. None: found by trial (`fitting.py`).
         seed: of the draws and the null.
         bf16: whether forwards run under autocast to bfloat16, as the training's do.
-        null_samples: mismatched pairs at most.
     """
 
     collator: Collator
@@ -68,7 +67,6 @@ class Scorer:
     batch_size: int | None = None
     seed: int = 0
     bf16: bool = False
-    null_samples: int = NULL_SAMPLES
 
     @property
     def wanted(self) -> Wanted:
@@ -93,7 +91,7 @@ class Scorer:
     def passes(self, kind: str, samples: int, trusted: int = 0) -> float:
         """Passes it takes to score so many samples and a reference; a forward alone counts ½."""
         trusted = trusted if self.quality.preset == "default" else 0
-        null = 0 if kind in FREE else min(samples, self.null_samples)
+        null = 0 if kind in FREE else min(samples, NULL_SAMPLES)
         halves = self.wanted.halves * samples + self.wanted_of_reference.halves * trusted
         if self.wanted.economical:
             more = replace(self.wanted, whole=True).halves - self.wanted.halves
@@ -251,7 +249,7 @@ class Scorer:
             if batch_size is None:
                 assert isinstance(parts, Parts), "the size was found when the parts were measured"
                 batch_size = int(read_json(parts.folder.parent / BATCH)["batch_size"])
-            how = self.collator, batch_size, self.seed, self.null_samples
+            how = self.collator, batch_size, self.seed
             found = null_of_pairs(model, kind, rows, *how)
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows), np.int32)
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
