@@ -11,6 +11,7 @@ from evidence_data import MINILM, SHARED, CellData, Task
 
 from tsqlora.config import RunConfig
 from tsqlora.demo import encoder_folder
+from tsqlora.training import GROUPED
 
 RANK = 8
 
@@ -62,6 +63,7 @@ class Cell:
                 "learning_rate": self.rate,
                 "max_steps": self.steps,
                 "per_device_train_batch_size": task.batch,
+                "train_sampling_strategy": "random" if task.kind == "seq2seq" else GROUPED,
                 "save_strategy": "no",
                 "disable_tqdm": True,
             },

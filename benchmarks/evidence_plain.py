@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from evidence_cell import RANK, Cell, Outcome
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tsqlora.batches import Collator, subset
 from tsqlora.finished import measure
@@ -22,7 +24,7 @@ from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import wrap
 from tsqlora.losses import infer_kind, sample_losses
 from tsqlora.selection import draw_size
-from tsqlora.training import training_arguments
+from tsqlora.training import GROUPED, training_arguments
 from tsqlora.two_parts import uniform_config
 
 
@@ -32,7 +34,7 @@ class Plain:
 
     Attributes:
         rows: which of the encoded pool is trained on; None for all.
-        order: draws of positions, endless, given the trainer; None for the Trainer's own.
+        order: rounds of positions, endless, given the trainer; None for the Trainer's own.
         adapter: the PEFT model; None for uniform LoRA.
         weigh: weights of a batch's samples in the loss, given (positions, losses).
         callbacks: the Trainer's.
@@ -42,7 +44,7 @@ class Plain:
     cell: Cell
     rank: int = RANK
     rows: Callable[[Dataset], Dataset] | None = None
-    order: Callable[[IndexedTrainer], Iterator[int]] | None = None
+    order: Callable[[IndexedTrainer], Iterator[np.ndarray]] | None = None
     adapter: Callable[[Inputs, int], PeftModel] | None = None
     weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
@@ -83,7 +85,7 @@ class Plain:
 class IndexedTrainer(Trainer):
     """A Trainer that knows which samples a batch holds."""
 
-    order: Callable[[IndexedTrainer], Iterator[int]] | None = None
+    order: Callable[[IndexedTrainer], Iterator[np.ndarray]] | None = None
     weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     plain_collate: Collator
 
@@ -104,16 +106,24 @@ class IndexedTrainer(Trainer):
 
 @dataclass
 class Endless(Sampler[int]):
-    """One long epoch of so many draws, made as they are asked for."""
+    """One long epoch of so many draws; rounds are made as they are asked for, and put in batches of
+    like lengths where the Trainer would."""
 
     trainer: IndexedTrainer
     draws: int
 
     def __iter__(self) -> Iterator[int]:
         assert self.trainer.order is not None
-        order = self.trainer.order(self.trainer)
-        for _ in range(self.draws):
-            yield next(order)
+        rounds = map(self._grouped, self.trainer.order(self.trainer))
+        yield from islice(chain.from_iterable(rounds), self.draws)
+
+    def _grouped(self, positions: np.ndarray) -> list[int]:
+        args, rows = self.trainer.args, self.trainer.train_dataset
+        drawn = positions.tolist()
+        if args.train_sampling_strategy != GROUPED:
+            return drawn
+        lengths = [len(ids) for ids in rows.select(drawn)["input_ids"]]
+        return [drawn[i] for i in get_length_grouped_indices(lengths, args.train_batch_size)]
 
     def __len__(self) -> int:
         return self.draws

@@ -39,14 +39,14 @@ def small_loss(cell: Cell) -> Outcome:
     keep = len(cell.data.train) - len(cell.data.wrong)
     first = round(SMALL_LOSS_START * cell.budget)
 
-    def order(trainer: IndexedTrainer) -> Iterator[int]:
-        rng = np.random.default_rng(cell.seed)
-        everything = _shuffled(np.arange(len(cell.data.train)), rng)
-        for _ in range(first):
-            yield next(everything)
-        yield from _shuffled(
-            np.argsort(_losses(trainer, trainer.plain_collate), kind="stable")[:keep], rng
-        )
+    def order(trainer: IndexedTrainer) -> Iterator[np.ndarray]:
+        rng, drawn = np.random.default_rng(cell.seed), 0
+        while drawn < first:
+            yield (chosen := rng.permutation(len(cell.data.train))[: first - drawn])
+            drawn += len(chosen)
+        kept = np.argsort(_losses(trainer, trainer.plain_collate), kind="stable")[:keep]
+        while True:
+            yield rng.permutation(kept)
 
     return Plain(cell, order=order, extra_passes=len(cell.data.train) / 2).run()
 
@@ -57,7 +57,7 @@ def infobatch(cell: Cell) -> Outcome:
     size = len(cell.data.train)
     seen, weights = np.full(size, np.inf), np.ones(size)
 
-    def order(_: IndexedTrainer) -> Iterator[int]:
+    def order(_: IndexedTrainer) -> Iterator[np.ndarray]:
         rng, drawn = np.random.default_rng(cell.seed), 0
         while True:
             known = seen[np.isfinite(seen)]
@@ -68,18 +68,13 @@ def infobatch(cell: Cell) -> Outcome:
             weights[:] = np.where(easy, 1 / (1 - INFOBATCH_PRUNED), 1.0)
             chosen = rng.permutation(np.flatnonzero(~left_out))
             drawn += len(chosen)
-            yield from chosen.tolist()
+            yield chosen
 
     def weigh(positions: np.ndarray, losses: np.ndarray) -> np.ndarray:
         seen[positions] = losses
         return weights[positions]
 
     return Plain(cell, order=order, weigh=weigh).run()
-
-
-def _shuffled(positions: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield from rng.permutation(positions).tolist()
 
 
 def _losses(trainer: IndexedTrainer, collate: Collator) -> np.ndarray:
