@@ -29,7 +29,7 @@ from tsqlora.selection import drawn, unscored
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
-NULL_SHARE = 10
+NULL_SHARE = 20
 """In each window, one mismatched pair for so many visits shows what wrong targets cost."""
 NULL_WINDOWS = 2
 """Pairs of so many last windows make generation's null."""
