@@ -4,6 +4,7 @@ Run: .venv/bin/pip install -c constraints.txt -e '.[demo,bench]'
      .venv/bin/python benchmarks/evidence.py tune              # rates, judged on validation
      .venv/bin/python benchmarks/evidence.py run               # the core grid, cell by cell
      .venv/bin/python benchmarks/evidence.py run --tasks cola --conditions clean --seeds 3
+     .venv/bin/python benchmarks/evidence.py tune --more mine.json --tasks mine   # then run
      .venv/bin/python benchmarks/evidence.py tables            # Markdown, and plots
 
 Each finished cell is a line of results/evidence.jsonl; cells that are there are skipped, so it may
@@ -27,7 +28,7 @@ import peft
 import torch
 import transformers
 from evidence_cell import Cell, Outcome
-from evidence_data import CORE, CORE_CONDITIONS, TASKS, make_cell, write_cell
+from evidence_data import CORE, CORE_CONDITIONS, TASKS, make_cell, more_tasks, write_cell
 from evidence_methods import METHODS, RATE_OF
 from tqdm import tqdm
 
@@ -75,6 +76,7 @@ def measured(
         cell = Cell(kind, condition, method, seed, data, Path(folder), rate, epochs or kind.epochs)
         outcome = METHODS[method](cell)
         config = cell.config().to_dict()
+    rare = {"rare": round(points(outcome, "rare", kind.of_rare), 3)} if data.rare else {}
     return {
         "task": task,
         "condition": condition,
@@ -83,6 +85,7 @@ def measured(
         "metric_name": kind.metric,
         "metric": round(points(outcome, "test", kind.metric), 3),
         "validation": round(points(outcome, "validation", kind.metric), 3),
+        **rare,
         "cost": round(outcome.passes / cell.budget, 4),
         "seconds": round(outcome.seconds, 1),
         "adapter_parameters": outcome.parameters,
@@ -166,7 +169,8 @@ def share(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("tune", "run", "tables"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(CORE))
+    parser.add_argument("--tasks", nargs="+", default=list(CORE))
+    parser.add_argument("--more", type=Path, help="a JSON file of tasks of your own (more_tasks)")
     parser.add_argument("--conditions", nargs="+", default=list(CORE_CONDITIONS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, less one")
@@ -181,6 +185,10 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("tsqlora").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    if given.more:
+        TASKS.update(more_tasks(given.more))
+    if unknown := set(given.tasks) - set(TASKS):
+        parser.error(f"no task {', '.join(sorted(unknown))}: there are {', '.join(TASKS)}")
     given.results.mkdir(parents=True, exist_ok=True)
     if given.what == "tune":
         tune(given.tasks, given.methods, given.epochs, given.results)

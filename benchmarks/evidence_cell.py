@@ -39,6 +39,14 @@ class Cell:
         """Optimizer steps that the budget pays for, where nothing else is done."""
         return math.ceil(self.budget / self.task.batch)
 
+    @property
+    def model(self) -> str:
+        """The model's folder or name."""
+        if self.task.model == MINILM:
+            return str(encoder_folder())
+        folder = SHARED / "models" / self.task.model
+        return str(folder) if folder.exists() else self.task.model
+
     def config(self, **sections: Any) -> RunConfig:
         """The run's configuration; `sections` replace ours key by key."""
         task, data, shared = self.task, self.folder / "data", SHARED / "models"
@@ -47,7 +55,7 @@ class Cell:
             if key in settings:
                 settings[key] = str(shared / settings[key])
         base: dict[str, Any] = {
-            "model": str(encoder_folder() if task.model == MINILM else shared / task.model),
+            "model": self.model,
             "task": task.kind,
             "data": {
                 "train": str(data / "train.jsonl"),

@@ -24,7 +24,7 @@ def claims(cells: Cells, tasks: Sequence[str]) -> str:
     are left out. Fewer tasks than the core's make it a claim of those tasks alone.
     """
     head = ("claim", "target", "measured", "holds")
-    parts = (_gaps, _clean, _differences, _found)
+    parts = (_gaps, _clean, _differences, _found, _rare)
     return markdown([head, *(row for part in parts for row in part(cells, tasks) if row[2])])
 
 
@@ -73,6 +73,13 @@ def _found(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
         shown = f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] ({len(values)} cells)"
         words = f"8. AUROC of credibility, {task}"
         yield words, f"≥ {FOUND[task]}", shown * bool(values), _holds(found, FOUND[task])
+
+
+def _rare(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
+    rare = Cells([{**x, "metric": x["rare"]} for x in cells.lines.values() if "rare" in x])
+    groups = [rare.pairs(task, "longtail", OURS, "lora") for task in rare.names(0)]
+    found = bootstrap(groups, difference)
+    yield "9. the rare class's recall − plain", "≥ 0.0", _shown(found), _holds(found, 0.0)
 
 
 def _shown(found: Interval, unit: str = "") -> str:

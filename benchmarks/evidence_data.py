@@ -31,7 +31,6 @@ class Task:
         epochs: the cost of plain LoRA, in passes over those samples; every method's budget.
         rates: that are tried for every method.
         settings: other keys of the configuration.
-        size: how long a row's text and target are, for the long tail of generation.
     """
 
     name: str
@@ -51,10 +50,16 @@ class Task:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def of_rare(self) -> str:
+        """The metric on test rows of the rare kind; of a class the accuracy is its recall."""
+        return "accuracy" if self.kind == "classification" else self.metric
+
 
 @dataclass(frozen=True)
 class CellData:
-    """Rows with `id`, and the ids of those whose target was made wrong or that are copies."""
+    """Rows with `id`, the ids of those whose target was made wrong or that are copies, and which
+    rows of test (by position) are of the kind that the long tail makes rare, under it alone."""
 
     train: list[Row]
     validation: list[Row]
@@ -62,6 +67,7 @@ class CellData:
     trusted: list[Row]
     wrong: frozenset[int]
     copies: frozenset[int]
+    rare: tuple[int, ...]
 
 
 def read_rows(path: str) -> list[Row]:
@@ -81,6 +87,7 @@ def make_cell(task: Task, condition: str, seed: int) -> CellData:
     train = [dict(row) for row in rows[: task.samples]]
     validation = [dict(row) for row in validation]
     damage, share = CONDITIONS[condition]
+    rare = are_rare(task, train) if damage is long_tail else lambda row: False
     found = damage(task, train, share, random.Random(f"{task.name}/{condition}/{seed}"))
     if damage in (flipped, confused):
         damage(task, validation, share, random.Random(f"{task.name}/{condition}/{seed}/validation"))
@@ -92,6 +99,7 @@ def make_cell(task: Task, condition: str, seed: int) -> CellData:
         [_kept(task, row) for row in trusted],
         frozenset(found.wrong),
         frozenset(found.copies),
+        tuple(i for i, row in enumerate(test) if rare(row)),
     )
 
 
@@ -171,18 +179,23 @@ def duplicated(task: Task, rows: list[Row], share: float, rng: random.Random) ->
 
 
 def long_tail(task: Task, rows: list[Row], share: float, rng: random.Random) -> Damaged:
-    """Of the last class, or of the longest fifth of the targets, only a share is left."""
-    rare = _rare(task, rows)
-    kept = [row for row in rows if row[task.target] not in rare or rng.random() < share]
-    return Damaged(kept)
+    """Of the rows that `are_rare` only a share is left."""
+    rare = are_rare(task, rows)
+    return Damaged([row for row in rows if not rare(row) or rng.random() < share])
 
 
-def _rare(task: Task, rows: list[Row]) -> set[Any]:
-    targets = [row[task.target] for row in rows]
+def are_rare(task: Task, rows: list[Row]) -> Callable[[Row], bool]:
+    """Which rows the long tail makes rare: those of the last class, or the fifth of `rows` with the
+    longest targets (the highest numbers)."""
+
+    def place(row: Row) -> Any:
+        target = row[task.target]
+        return target if task.kind in ("classification", "regression") else len(target)
+
+    places = sorted(map(place, rows))
     if task.kind == "classification":
-        return {max(set(targets))}
-    longest = sorted(targets, key=lambda target: len(str(target)))[-len(targets) // 5 :]
-    return set(longest)
+        return lambda row: place(row) == places[-1]
+    return lambda row: place(row) > places[-len(places) // 5]
 
 
 def _edited(text: str, rng: random.Random) -> str:
@@ -247,5 +260,23 @@ TASKS: dict[str, Task] = {
              "{meaning_representation}\n", "human_reference", "loss", 2000, 3, max_length=256),
     )
 }  # fmt: skip
+
+
+def more_tasks(file: Path) -> dict[str, Task]:
+    """Tasks of one's own, from a JSON list of objects with the fields of `Task`.
+
+    `train` and `test` are JSON Lines files, as seen from where `file` lies; `model` is one of
+    shared/models, a folder seen from there as well, or a name on the hub.
+    """
+    tasks = {}
+    for entry in json.loads(file.read_text(encoding="utf-8")):
+        found = {"samples": None, "epochs": 3, **entry}
+        for name in ("train", "test", "model"):
+            if (beside := file.resolve().parent / found[name]).exists():
+                found[name] = str(beside)
+        tasks[found["name"]] = Task(**{**found, "rates": tuple(found.get("rates", Task.rates))})
+    return tasks
+
+
 CORE = ("g2p", "trec", "sst2", "mrpc")
 CORE_CONDITIONS = ("clean", "wrong20", "wrong40", "duplicates50")

@@ -16,10 +16,19 @@ from typing import Any
 
 import numpy as np
 from evidence_cell import RANK, Cell, Outcome
-from evidence_plain import lora, lora_r4, lora_random, lora_trusted, oracle, oracle_trusted
+from evidence_plain import (
+    lora,
+    lora_r4,
+    lora_random,
+    lora_trusted,
+    measured_splits,
+    oracle,
+    oracle_trusted,
+)
 from evidence_rivals import adalora, eva, infobatch, small_loss
 from sklearn.metrics import roc_auc_score
 
+from tsqlora.artefacts import read_json
 from tsqlora.judging import window_ends
 from tsqlora.null import FREE
 from tsqlora.online import null_pairs
@@ -48,9 +57,8 @@ def tsqlora(trusted: bool = False, part: float = 1.0, **sections: Any) -> Method
         run = Run.start(config)
         run.train()
         seconds = time.perf_counter() - started
-        metrics = run.evaluate()
-        cost = metrics["cost"]
-        splits = {k: metrics[k] for k in ("validation", "test")}
+        cost = read_json(run.folder.metrics)["cost"]
+        splits = run.finished.evaluate(measured_splits(cell, run.inputs))
         passes = cost["scoring_passes"] + cost["training_passes"]
         return Outcome(splits, passes, seconds, run.plan().parameters, _judged(cell, run))
 

@@ -76,7 +76,7 @@ class Plain:
         trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         found = {
             name: measure(config, inputs.task, model, split)
-            for name, split in inputs.splits.measured.items()
+            for name, split in measured_splits(self.cell, inputs).items()
         }
         passes = steps * self.cell.task.batch + self.extra_passes
         return Outcome(found, passes, seconds, trained)
@@ -127,6 +127,14 @@ class Endless(Sampler[int]):
 
     def __len__(self) -> int:
         return self.draws
+
+
+def measured_splits(cell: Cell, inputs: Inputs) -> dict[str, Dataset]:
+    """Validation, test, and where the condition makes some rows rare those of test."""
+    splits = dict(inputs.splits.measured)
+    if cell.data.rare:
+        splits["rare"] = splits["test"].select(cell.data.rare)
+    return splits
 
 
 def indexed(collate: Callable[[list[dict[str, Any]]], Any]) -> Callable[..., Any]:

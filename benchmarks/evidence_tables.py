@@ -100,9 +100,8 @@ def found_table(cells: Cells) -> str:
     return markdown(rows)
 
 
-def write_tables(lines: Sequence[Line], folder: Path) -> str:
-    """evidence.md and plots in `folder`; returns the Markdown."""
-    cells = Cells(lines)
+def tables(cells: Cells) -> str:
+    """All of them as Markdown."""
     parts = ["## Claims", claims(cells, [task for task in CORE if task in cells.names(0)])]
     parts += ["## Against plain LoRA, points, 95 % interval (tasks)", against_plain(cells)]
     parts += ["## Part of the gap to the oracle", gaps(cells)]
@@ -111,7 +110,13 @@ def write_tables(lines: Sequence[Line], folder: Path) -> str:
         metric = next(x["metric_name"] for k, x in cells.lines.items() if k[0] == task)
         parts += [f"## {task}: {metric}, mean ± half of the 95 % interval (seeds)"]
         parts += [metric_table(cells, task)]
-    text = "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def write_tables(lines: Sequence[Line], folder: Path) -> str:
+    """evidence.md and plots in `folder`; returns the Markdown."""
+    cells = Cells(lines)
+    text = tables(cells)
     (folder / "evidence.md").write_text(text, encoding="utf-8")
     for readme, shown in ((folder.parent / "README.md", text), (ROOT / "README.md", _short(cells))):
         if folder == RESULTS:

@@ -1,0 +1,145 @@
+"""The laws of the evidence's harness: data, statistics and claims, none of the training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from evidence_claims import claims
+from evidence_data import CONDITIONS, TASKS, TRUSTED, make_cell, more_tasks
+from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
+from evidence_tables import tables
+
+CLASSES = ("a", "b", "c")
+
+
+def line(method: str, seed: int, metric: float, **named: Any) -> dict[str, Any]:
+    """A cell's line, as the harness writes it."""
+    base = {"task": "mine", "condition": "wrong20", "method": method, "seed": seed,
+            "metric_name": "accuracy", "metric": metric, "cost": 1.0, "seconds_ratio": 1.0,
+            "adapter_parameters": 10, "notes": {}}  # fmt: skip
+    return {**base, **named}
+
+
+def five(method: str, metrics: list[float], **named: Any) -> list[dict[str, Any]]:
+    """A line a seed."""
+    return [line(method, seed, metric, **named) for seed, metric in enumerate(metrics)]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file of tasks whose data and model are nobody else's."""
+    rows = [{"says": f"row {i} of it", "class": CLASSES[i % 3]} for i in range(TRUSTED + 500)]
+    for name, part in (("train", rows), ("test", rows[:30])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    entry = {"name": "mine", "kind": "classification", "model": "someone/encoder",
+             "train": "train.jsonl", "test": "test.jsonl", "text": "says", "target": "class",
+             "metric": "accuracy", "validation_rows": 100}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps([entry]), encoding="utf-8")
+    return tmp_path / "mine.json"
+
+
+def test_a_task_of_ones_own_is_found_beside_its_file(own: Path) -> None:
+    task = more_tasks(own)["mine"]
+    assert Path(task.train) == own.parent / "train.jsonl"
+    assert task.model == "someone/encoder"
+    assert task.rates == TASKS["trec"].rates
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_cell_is_a_function_of_its_key_and_its_test_rows_are_never_damaged(
+    own: Path, condition: str
+) -> None:
+    task = more_tasks(own)["mine"]
+    cell, clean = make_cell(task, condition, 3), make_cell(task, "clean", 3)
+    assert cell == make_cell(task, condition, 3)
+    assert cell.test == clean.test
+    assert cell.trusted == clean.trusted
+    assert bool(cell.rare) == (condition == "longtail")
+
+
+@pytest.mark.parametrize(("condition", "share"), [("wrong20", 0.2), ("wrong40", 0.4)])
+def test_as_many_targets_are_wrong_as_the_condition_says_and_exactly_those_are_named(
+    own: Path, condition: str, share: float
+) -> None:
+    task = more_tasks(own)["mine"]
+    cell, clean = make_cell(task, condition, 0), make_cell(task, "clean", 0)
+    differ = {a["id"] for a, b in zip(cell.train, clean.train, strict=True) if a != b}
+    assert differ == cell.wrong
+    assert len(differ) == round(share * len(clean.train))
+    wrong = sum(a != b for a, b in zip(cell.validation, clean.validation, strict=True))
+    assert wrong == round(share * len(clean.validation))
+
+
+def test_the_long_tail_takes_its_rows_from_the_rare_class_alone(own: Path) -> None:
+    task = more_tasks(own)["mine"]
+    cell, clean = make_cell(task, "longtail", 0), make_cell(task, "clean", 0)
+
+    def count(rows: list[dict[str, Any]], name: str) -> int:
+        return sum(row["class"] == name for row in rows)
+
+    assert count(cell.train, "c") < 0.2 * count(clean.train, "c")
+    assert [count(cell.train, x) for x in "ab"] == [count(clean.train, x) for x in "ab"]
+    assert {cell.test[i]["class"] for i in cell.rare} == {"c"}
+
+
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=8), st.floats(-5, 5))
+def test_a_difference_that_is_the_same_in_every_pair_has_an_interval_of_no_width(
+    plain: list[float], by: float
+) -> None:
+    group = np.array([[value + by, value] for value in plain])
+    found = bootstrap([group], difference)
+    assert np.allclose([found.mean, found.low, found.high], by)
+
+
+@given(st.lists(st.floats(0, 100), min_size=3, max_size=8))
+def test_the_interval_of_a_mean_holds_it_in_the_middle(values: list[float]) -> None:
+    found = mean_interval(values)
+    assert np.isclose(found.mean - found.low, found.high - found.mean)
+    assert found.low <= np.mean(values) + 1e-9
+
+
+def test_the_part_of_the_gap_is_that_of_all_tasks_together() -> None:
+    easy, hard = np.array([[10.0, 0.0, 10.0]]), np.array([[0.0, 0.0, 30.0]])
+    assert closed([easy]) == 100
+    assert closed([easy, hard]) == 25
+    assert np.isnan(closed([np.array([[1.0, 1.0, 1.0]])]))
+
+
+def found(lines: list[dict[str, Any]], start: str) -> str:
+    rows = claims(Cells(lines), ["mine"]).splitlines()
+    return next(row for row in rows if row.startswith(f"| {start}")).split("|")[-2].strip()
+
+
+def test_a_claim_holds_by_its_whole_interval_and_is_open_below_five_seeds() -> None:
+    plain, oracle = five("lora", [50.0] * 5), five("oracle", [60.0] * 5)
+    assert found([*plain, *oracle, *five("tsqlora", [59.0] * 5)], "2.") == "yes"
+    assert found([*plain, *oracle, *five("tsqlora", [59, 59, 59, 59, 52.0])], "2.") == "no"
+    assert found([*plain, *oracle, *five("tsqlora", [59.0] * 4)], "2.").startswith("open")
+
+
+def test_the_rare_classs_recall_is_compared_where_it_was_measured() -> None:
+    rare = {"condition": "longtail"}
+    lines = [
+        *five("lora", [90.0] * 5, rare=20.0, **rare),
+        *five("tsqlora", [80.0] * 5, rare=25.0, **rare),
+    ]
+    assert found(lines, "9.") == "yes"
+
+
+def test_tables_show_every_task_and_method_with_its_seeds() -> None:
+    lines = [*five("lora", [50.0, 52.0]), *five("tsqlora", [58.0, 60.0])]
+    text = tables(Cells(lines))
+    assert "`lora` | 51.0 ± 12.7 (2)" in text
+    assert "`tsqlora` | 59.0 ± 12.7 (2)" in text
+    assert "| `tsqlora` | 8.0 [8.0, 8.0] (1) |" in text
