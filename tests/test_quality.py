@@ -159,6 +159,18 @@ def test_a_model_that_knows_nothing_judges_nothing() -> None:
     assert "not judged" in unsure.verdict
 
 
+def test_a_small_null_does_not_hide_what_is_plain_to_see() -> None:
+    """The quantiles of 80 null losses make a flat f look steep; of many they would not."""
+    random, unjudged = np.random.default_rng(0), 0
+    for _ in range(200):
+        wrong, null = random.random(1000) < 0.4, random.normal(5, 1, 80)
+        loss = np.where(wrong, random.normal(5, 1, 1000), random.exponential(0.3, 1000))
+        none = np.zeros(1000, dtype=np.int64)
+        u = null_percentiles(loss, none, null, np.zeros(80, dtype=np.int64))
+        unjudged += not from_null(u, None, 80).known
+    assert unjudged <= 2
+
+
 def test_where_sound_samples_cannot_be_recognised_nothing_is_judged() -> None:
     random = np.random.default_rng(0)
     wrong = random.random(2000) < 0.2

@@ -55,8 +55,9 @@ FITTED = 200_000
 SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
 STEEPEST = 1.6
-"""Above this ratio of f between the third and the last quarter of u, right targets reach into the
-null's range: the model does not know the task well enough for its losses to judge the targets."""
+"""Above this ratio of f between the third and the last quarter of u, and what chance may add to it,
+right targets reach into the null's range: the model does not know the task well enough for its
+losses to judge the targets."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,17 @@ def _percentile(loss: Floats, null: Floats) -> Floats:
     return (below + upto) / (2 * max(len(null), 1))
 
 
-def from_null(u: Floats, classes: int | None = None) -> Credibility:
+def from_null(u: Floats, classes: int | None = None, null: float = np.inf) -> Credibility:
     """Credibility from the permutation null alone, with no trusted sample.
 
-    `classes` is C for classification, None where a permuted target is never right by chance.
+    `classes` is C for classification, None where a permuted target is never right by chance;
+    `null` how many losses u was taken beside.
     Nothing is judged (c = 1) when there are too few samples, when f is not flat over the upper
     half of u, or when the pool looks like the null itself: then the model cannot know.
     """
     if len(u) < ENOUGH:
         return _unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
-    third, last = float(np.mean((u > 0.5) & (u <= 0.75)) * 4), float(np.mean(u > 0.75) * 4)
-    noise = 2 * np.sqrt(4 * max(last, 4 / len(u)) / len(u))
-    if third > STEEPEST * last + 2 * noise and third > 0.1:
+    if _is_steep(u, null):
         return _unknown(u, "sound but hard samples cannot be told from wrong ones yet")
     density = float(np.mean(u > 0.5) * 2)
     share = _share(density, classes)
@@ -132,6 +132,18 @@ def from_null(u: Floats, classes: int | None = None) -> Credibility:
     if values.sum(where=values >= CREDIBLE) < RECOGNISED * values.sum():
         return _unknown(u, "sound samples cannot be told from wrong ones yet")
     return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+
+
+def _is_steep(u: Floats, null: float) -> bool:
+    """Whether f falls over the upper half of u by more than `STEEPEST`, and than chance would have
+    it: of a quarter of N samples (4 deviations), and of the quarters' ends, which are quantiles of
+    M null losses. A quarter of a flat f of level ρ lies ρ√(3/M) about it by those, and the two
+    quarters vary against each other by -1/3, so third - `STEEPEST` · last by 3.7 ρ/√M (2 of it).
+    """
+    third, last = float(np.mean((u > 0.5) & (u <= 0.75)) * 4), float(np.mean(u > 0.75) * 4)
+    by_samples = 4 * np.sqrt(4 * max(last, 4 / len(u)) / len(u))
+    by_null = 2 * 3.7 * (third + last) / 2 / np.sqrt(null)
+    return third > STEEPEST * last + by_samples + by_null and third > 0.1
 
 
 def from_agreement(confidence: Floats, agrees: NDArray[np.bool_], classes: int) -> Floats:

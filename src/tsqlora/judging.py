@@ -98,10 +98,10 @@ class Judge:
         doubted before by the curve that doubted them; one that says nothing changes nothing.
         """
         u = null_percentiles(loss, group, null.loss, null.group)
-        found = from_null(u, classes)
-        self.fresh = bool((found.values < 1).any())
+        found = from_null(u, classes, len(null.loss))
         if not found.known:
             return
+        self.fresh = bool((found.values < 1).any())
         self.null, self.judged[positions] = null, True
         if self.fresh:
             order = np.argsort(u, kind="stable")

@@ -247,7 +247,7 @@ def _by_loss(pool: Measurements, reference: Measurements | None) -> Credibility:
     null = (pool.null_loss, pool.null_group)
     u = null_percentiles(pool.loss, pool.group, *null)
     if reference is None:
-        return from_null(u, pool.classes)
+        return from_null(u, pool.classes, len(pool.null_loss))
     return from_reference(u, null_percentiles(reference.loss, reference.group, *null), pool.classes)
 
 
