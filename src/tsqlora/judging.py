@@ -22,6 +22,7 @@ import numpy as np
 
 from tsqlora.credibility import (
     CREDIBLE,
+    ENOUGH,
     Floats,
     Ints,
     drawable,
@@ -35,6 +36,8 @@ LOWEST = 1e-3
 """w of a doubted sample: not 0, so that its own gradient can still be told."""
 COMEBACK = 0.5
 """Of a doubted sample, the part of c_i with which it is in a round of the draw."""
+SETTLED = 0.75
+"""A share of wrong ones below this part of the window's before is falling."""
 GRID = 257
 """Points of u between which c(u) is interpolated."""
 
@@ -70,11 +73,14 @@ class Judge:
         curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
         fresh: whether that was the last window of all.
         null: of the last window that was judged.
+        share: 1 - mean c of the samples that were judged for the first time in the last window that
+            had enough of them; NaN before.
     """
 
     def __init__(self, samples: int) -> None:
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
         self.curve, self.fresh, self.null = np.zeros(0), False, Null()
+        self.share = np.nan
 
     def weights(self, positions: Ints, loss: Floats, group: Ints) -> Floats:
         """w_i (n) of a batch that is being trained on, by the last curve.
@@ -94,12 +100,18 @@ class Judge:
         """Judge the samples of a window that has ended, at `positions` in the pool.
 
         `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. A window
-        in which nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those
-        doubted before by the curve that doubted them; one that says nothing changes nothing.
+        that says nothing changes nothing. The first that does, and any in which the share of wrong
+        ones is still falling, only takes back what was said before (benchmarks/LOG.md). One in
+        which nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those
+        doubted before by the curve that doubted them.
         """
         u = null_percentiles(loss, group, null.loss, null.group)
         found = from_null(u, classes, len(null.loss))
         if not found.known:
+            return
+        if not self._settled(found.values[~self.judged[positions]]):
+            self.credibility[:], self.judged[:] = 1, False
+            self.curve, self.fresh = np.zeros(0), False
             return
         self.fresh = bool((found.values < 1).any())
         self.null, self.judged[positions] = null, True
@@ -111,6 +123,15 @@ class Judge:
         elif len(self.curve):
             doubted = self.credibility[positions] < 1
             self.credibility[positions[doubted]] = self._along(u[doubted])
+
+    def _settled(self, found: Floats) -> bool:
+        """Whether the share of wrong ones does not fall any more, by the c of those judged for the
+        first time: what is wrong stays wrong, while what is hard is being learnt."""
+        if len(found) < ENOUGH:
+            return not np.isnan(self.share)
+        before, self.share = self.share, float(1 - found.mean())
+        chance = 2 * np.sqrt(before * (1 - before) / len(found))
+        return self.share >= min(SETTLED * before, before - chance)
 
     def _along(self, u: Floats) -> Floats:
         return np.interp(u, np.linspace(0, 1, GRID), self.curve)
@@ -124,7 +145,7 @@ class Judge:
     def verdict(self) -> str:
         """One sentence for the user."""
         if not self.judged.any():
-            return "targets are not judged: the model did not come to know the task"
+            return "targets are not judged: the model has not known the task for long enough"
         share = self.wrong_share
         if share < 0.005:
             return "no sign of wrong targets"
@@ -137,6 +158,7 @@ class Judge:
             "judge.judged": self.judged,
             "judge.curve": self.curve,
             "judge.fresh": np.asarray([self.fresh]),
+            "judge.share": np.asarray([self.share]),
             "judge.null_loss": self.null.loss,
             "judge.null_group": self.null.group,
         }
@@ -146,6 +168,7 @@ class Judge:
         self.credibility = state["judge.credibility"].copy()
         self.judged = state["judge.judged"].copy()
         self.curve, self.fresh = state["judge.curve"], bool(state["judge.fresh"][0])
+        self.share = float(state["judge.share"][0])
         self.null = Null(state["judge.null_loss"], state["judge.null_group"])
 
 
