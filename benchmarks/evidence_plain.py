@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,13 @@ from evidence_cell import RANK, Cell, Outcome
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tsqlora.batches import Collator, subset
 from tsqlora.finished import measure
 from tsqlora.inputs import Inputs
 from tsqlora.lora_layers import wrap
 from tsqlora.losses import infer_kind, sample_losses
-from tsqlora.selection import draw_size
+from tsqlora.selection import draw_size, length_grouped
 from tsqlora.training import GROUPED, training_arguments
 from tsqlora.two_parts import uniform_config
 
@@ -34,7 +33,7 @@ class Plain:
 
     Attributes:
         rows: which of the encoded pool is trained on; None for all.
-        order: rounds of positions, endless, given the trainer; None for the Trainer's own.
+        order: rounds of positions, endless, given the trainer; None for all of them shuffled.
         adapter: the PEFT model; None for uniform LoRA.
         weigh: weights of a batch's samples in the loss, given (positions, losses).
         callbacks: the Trainer's.
@@ -90,7 +89,7 @@ class IndexedTrainer(Trainer):
     plain_collate: Collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self.order is None:
+        if self.order is None and self.args.train_sampling_strategy != GROUPED:
             return super()._get_train_sampler(train_dataset)
         return Endless(self, self.args.max_steps * self.args.train_batch_size)
 
@@ -113,17 +112,17 @@ class Endless(Sampler[int]):
     draws: int
 
     def __iter__(self) -> Iterator[int]:
-        assert self.trainer.order is not None
-        rounds = map(self._grouped, self.trainer.order(self.trainer))
-        yield from islice(chain.from_iterable(rounds), self.draws)
+        rounds = enumerate((self.trainer.order or shuffled)(self.trainer))
+        yield from islice(chain.from_iterable(starmap(self._grouped, rounds)), self.draws)
 
-    def _grouped(self, positions: np.ndarray) -> list[int]:
+    def _grouped(self, number: int, positions: np.ndarray) -> list[int]:
         args, rows = self.trainer.args, self.trainer.train_dataset
         drawn = positions.tolist()
         if args.train_sampling_strategy != GROUPED:
             return drawn
         lengths = [len(ids) for ids in rows.select(drawn)["input_ids"]]
-        return [drawn[i] for i in get_length_grouped_indices(lengths, args.train_batch_size)]
+        order = length_grouped(lengths, args.train_batch_size, args.seed + number)
+        return [drawn[i] for i in order]
 
     def __len__(self) -> int:
         return self.draws
@@ -135,6 +134,13 @@ def measured_splits(cell: Cell, inputs: Inputs) -> dict[str, Dataset]:
     if cell.data.rare:
         splits["rare"] = splits["test"].select(cell.data.rare)
     return splits
+
+
+def shuffled(trainer: IndexedTrainer) -> Iterator[np.ndarray]:
+    """Every row once a round."""
+    rng = np.random.default_rng(trainer.args.seed)
+    while True:
+        yield rng.permutation(len(trainer.train_dataset))
 
 
 def indexed(collate: Callable[[list[dict[str, Any]]], Any]) -> Callable[..., Any]:

@@ -76,8 +76,8 @@ def test_a_window_of_a_model_that_knows_nothing_changes_no_verdict() -> None:
     judge.close(EVERY, np.random.default_rng(2).normal(3, 0.5, 500), group, null)
     np.testing.assert_array_equal(judge.credibility, before)
     weights = judge.weights(EVERY, np.where(bad, 3.0, 0.1), group)
-    assert weights[bad].max() < 0.5, "the last curve goes on deciding, on those never doubted too"
-    assert (weights[~bad] == 1).all()
+    assert weights[bad & (before < 0.5)].max() < 0.5, "those doubted are still doubted"
+    assert (weights[before == 1] == 1).all()
 
 
 def test_where_nothing_looks_wrong_any_more_only_the_doubted_are_judged_by_the_last_curve() -> None:
@@ -102,11 +102,14 @@ def test_while_the_share_of_wrong_ones_falls_nobody_is_doubted() -> None:
     for i, (share, acted) in enumerate(zip(shares, (0, 0, 0, 1, 0), strict=True)):
         loss, bad, null = window(500, share, seed=i)
         judge.close(500 * i + EVERY, loss, group, null)
-        doubted = judge.credibility < 0.5
+        doubted = judge.acted < 0.5
         assert doubted.any() == bool(acted), f"window {i}"
         if acted:
             assert doubted[500 * i :][:500][bad].mean() > 0.9
             assert not doubted[: 500 * i].any()
+        else:
+            assert (judge.weights(EVERY, np.full(500, 3.0), group) == 1).all()
+        assert (judge.credibility[500 * i :][:500][bad] < 0.5).mean() > 0.8, "said all the same"
 
 
 def test_the_state_of_a_judge_comes_back_the_same() -> None:
@@ -129,7 +132,7 @@ def test_inclusion_counts_a_group_of_duplicates_as_one_sample(
     credibility = np.array([c for c, _ in rows])
     groups = np.array([g for _, g in rows])
     found = inclusion(credibility, groups)
-    wanted = np.where(drawable(credibility), 1.0, COMEBACK * credibility)
+    wanted = np.where(drawable(credibility), 1.0, np.maximum(COMEBACK * credibility, LOWEST))
     np.testing.assert_allclose(found, inclusion_one_by_one(wanted, groups), atol=1e-12)
     for group in set(groups.tolist()):
         assert found[groups == group].sum() <= 1 + 1e-9
@@ -167,7 +170,7 @@ class Doubts(Judge):
 
     def __init__(self, credit: dict[int, float]) -> None:
         super().__init__(10)
-        self.curve, self.credit = np.ones(1), credit
+        self.curve, self.settled, self.credit = np.ones(1), True, credit
 
     def weights(self, positions: np.ndarray, loss: np.ndarray, group: np.ndarray) -> np.ndarray:
         return np.array([self.credit.get(int(g), 1.0) for g in group])

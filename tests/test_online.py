@@ -25,6 +25,7 @@ from tsqlora import QualityScores
 from tsqlora.cli import main
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import ModelError
+from tsqlora.losses import CLASSIFICATION
 from tsqlora.online import OnlineScorer, Visits
 from tsqlora.online_training import STATE_FILE, OnlineTrainer
 from tsqlora.pipeline import Run, train
@@ -144,13 +145,15 @@ def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
     rows = Dataset.from_dict({"id": np.arange(30) * 2})
     quality = QualityConfig(mode="online", weights=TERMS, fraction=0.2)
     visits = Visits(30)
-    found = OnlineScorer(Scorer(collate, quality), rows).scores(visits, tiny_model("bert"))
+    found = OnlineScorer(Scorer(collate, quality), rows, CLASSIFICATION).scores(
+        visits, tiny_model("bert")
+    )
     assert found.probability == pytest.approx(np.full(30, 1 / 30))
     seen = np.arange(0, 30, 2)
     visits.add(0, visited(seen.tolist(), np.linspace(0, 3, 15).tolist(), [0, 1, 0] * 5))
     visits.settle()
     model = with_lora(tiny_model("bert"), "classification")
-    found = OnlineScorer(Scorer(collate, quality), rows).scores(visits, model)
+    found = OnlineScorer(Scorer(collate, quality), rows, CLASSIFICATION).scores(visits, model)
     missed = np.setdiff1d(np.arange(30), seen)
     assert found.ids.tolist() == rows["id"][:]
     assert (found.quality[missed] == found.quality[seen].max()).all()

@@ -31,7 +31,13 @@ from tsqlora.quality import (
     tempered,
     without_trend,
 )
-from tsqlora.selection import LengthGrouped, QualitySampler, draw, select_samples
+from tsqlora.selection import (
+    LengthGrouped,
+    QualitySampler,
+    draw,
+    length_grouped,
+    select_samples,
+)
 
 
 def measured(samples: int = 200, seed: int = 0, classes: int | None = 3) -> Measurements:
@@ -288,6 +294,15 @@ def test_grouping_by_length_keeps_the_draw_and_saves_padding() -> None:
     assert padded(orders[0]) < 0.8 * padded(orders[1])
     grouped.set_epoch(1)
     assert sorted(grouped) != sorted(orders[0])
+
+
+def test_grouped_batches_come_in_an_order_that_says_nothing_of_their_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 2010)
+    order = length_grouped(lengths.tolist(), 32, seed=0)
+    assert sorted(order) == list(range(2010))
+    assert lengths[order[:32]].max() == lengths.max(), "the largest batch comes first"
+    means = lengths[order[:1984]].reshape(-1, 32).mean(1)
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3, "the Trainer's come to over 0.9"
 
 
 def test_selected_rows_keep_their_order() -> None:

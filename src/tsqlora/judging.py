@@ -5,12 +5,14 @@ what wrong targets cost at that time. When a window of visits ends, its losses a
 u and c(u) (`credibility.py`): the verdict on the samples visited in it. Until the next one ends the
 same c(u) decides on every sample in the loss itself,
 
-    L = Σ w_i n_i ℓ_i / Σ n_i,    w_i = 1 if c(u_i) ≥ 0.7 else 0.001
+    L = Σ w_i n_i ℓ_i / Σ n_i,    w_i = 1 if c(u_i) ≥ 0.7 else w₀
 
 (n_i the sample's labels or target tokens), so that a wrong target is not learnt even when it is
-first seen. Where a window says nothing, or nothing is wrong, w = 1 and the training is the plain
-one, bit for bit. Judged at every step instead, a model that knows nothing yet passes the guards of
-`credibility.py` by chance and collapses (benchmarks/LOG.md).
+first seen. w₀ is 0.001 for generation, whose wrong targets stand apart; 0.2 for classes and
+numbers, where hard samples look like wrong ones for long, and a model that never learns them grows
+surer of what it believes. Where a window says nothing, or nothing is wrong, w = 1 and the training
+is the plain one, bit for bit. Judged at every step instead, a model that knows nothing yet passes
+the guards of `credibility.py` by chance and collapses (all in benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from tsqlora.credibility import (
 
 LEAST, PART = 320, 6
 """A window is at most a PART-th of the pool, at least so many visits (or the whole pool)."""
-LOWEST = 1e-3
-"""w of a doubted sample: not 0, so that its own gradient can still be told."""
+LOWEST, LOWEST_OF_LABELS = 1e-3, 0.2
+"""w₀ of generation (not 0, so that a sample's own gradient can still be told), and of labels."""
 COMEBACK = 0.5
-"""Of a doubted sample, the part of c_i with which it is in a round of the draw."""
+"""Of a doubted sample, the part of c_i with which it is in a round of the draw, at least w₀."""
 SETTLED = 0.75
 """A share of wrong ones below this part of the window's before is falling."""
 GRID = 257
@@ -65,55 +67,66 @@ class Null:
 
 
 class Judge:
-    """What is thought of N samples so far.
+    """What is thought of N samples so far; `lowest` is w₀.
 
     Attributes:
         credibility: c_i of the window that i was last visited in (N), 1 before.
         judged: which samples a window has judged (N).
+        acted: the c_i that draws and weights go by (N), 1 until the share of wrong ones settles.
         curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
         fresh: whether that was the last window of all.
+        settled: whether `curve` is gone by.
         null: of the last window that was judged.
-        share: 1 - mean c of the samples that were judged for the first time in the last window that
-            had enough of them; NaN before.
+        share: 1 - mean c of the samples that were not judged before in the last window that had
+            enough of them; NaN before.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, lowest: float = LOWEST) -> None:
+        self.lowest = lowest
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
-        self.curve, self.fresh, self.null = np.zeros(0), False, Null()
+        self.acted = np.ones(samples)
+        self.curve, self.fresh, self.settled, self.null = np.zeros(0), False, False, Null()
         self.share = np.nan
 
     def weights(self, positions: Ints, loss: Floats, group: Ints) -> Floats:
         """w_i (n) of a batch that is being trained on, by the last curve.
 
-        Where the last window found nothing wrong, samples that were never doubted have 1.
+        Where the last window found nothing wrong or said nothing, samples that were never doubted
+        have 1.
         """
-        if len(self.curve) == 0:
+        if not self.acting:
             return np.ones(len(loss))
         found = self._along(null_percentiles(loss, group, self.null.loss, self.null.group))
         if not self.fresh:
-            found[self.credibility[positions] == 1] = 1.0
-        return np.where(found >= CREDIBLE, 1.0, LOWEST)
+            found[self.acted[positions] == 1] = 1.0
+        return np.where(found >= CREDIBLE, 1.0, self.lowest)
+
+    @property
+    def acting(self) -> bool:
+        """Whether any weight may be other than 1."""
+        return self.settled and len(self.curve) > 0
 
     def close(
         self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None
     ) -> None:
         """Judge the samples of a window that has ended, at `positions` in the pool.
 
-        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. A window
-        that says nothing changes nothing. The first that does, and any in which the share of wrong
-        ones is still falling, only takes back what was said before (benchmarks/LOG.md). One in
-        which nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those
-        doubted before by the curve that doubted them.
+        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. The first
+        window that says something, and any in which the share of wrong ones is still falling, is
+        not acted on, nor is what was said before (benchmarks/LOG.md). One in which nothing looks
+        wrong, as when the wrong ones are hardly drawn any more, judges those doubted before by the
+        curve that doubted them; one that says nothing, all of its samples, and changes no draw.
         """
         u = null_percentiles(loss, group, null.loss, null.group)
         found = from_null(u, classes, len(null.loss))
         if not found.known:
-            return
-        if not self._settled(found.values[~self.judged[positions]]):
-            self.credibility[:], self.judged[:] = 1, False
-            self.curve, self.fresh = np.zeros(0), False
+            if len(self.curve):
+                self.credibility[positions] = self._along(u)
             return
         self.fresh = bool((found.values < 1).any())
+        self.settled = self._settles(found.values[~self.judged[positions]], len(null.loss))
+        if not self.settled:
+            self.acted[:], self.judged[:] = 1, False
         self.null, self.judged[positions] = null, True
         if self.fresh:
             order = np.argsort(u, kind="stable")
@@ -123,14 +136,19 @@ class Judge:
         elif len(self.curve):
             doubted = self.credibility[positions] < 1
             self.credibility[positions[doubted]] = self._along(u[doubted])
+        if self.settled:
+            self.acted[positions] = self.credibility[positions]
 
-    def _settled(self, found: Floats) -> bool:
-        """Whether the share of wrong ones does not fall any more, by the c of those judged for the
-        first time: what is wrong stays wrong, while what is hard is being learnt."""
+    def _settles(self, found: Floats, null: int) -> bool:
+        """Whether the share of wrong ones does not fall any more, by the c of those not judged
+        before: what is wrong stays wrong, while what is hard is being learnt.
+
+        Chance is two deviations, of so many samples and of two nulls (each 1/√M of the share).
+        """
         if len(found) < ENOUGH:
-            return not np.isnan(self.share)
+            return self.settled
         before, self.share = self.share, float(1 - found.mean())
-        chance = 2 * np.sqrt(before * (1 - before) / len(found))
+        chance = 2 * np.sqrt(before * (1 - before) / len(found) + 2 * before**2 / null)
         return self.share >= min(SETTLED * before, before - chance)
 
     def _along(self, u: Floats) -> Floats:
@@ -157,7 +175,8 @@ class Judge:
             "judge.credibility": self.credibility,
             "judge.judged": self.judged,
             "judge.curve": self.curve,
-            "judge.fresh": np.asarray([self.fresh]),
+            "judge.acted": self.acted,
+            "judge.flags": np.asarray([self.fresh, self.settled]),
             "judge.share": np.asarray([self.share]),
             "judge.null_loss": self.null.loss,
             "judge.null_group": self.null.group,
@@ -167,18 +186,20 @@ class Judge:
         """Put `state` back."""
         self.credibility = state["judge.credibility"].copy()
         self.judged = state["judge.judged"].copy()
-        self.curve, self.fresh = state["judge.curve"], bool(state["judge.fresh"][0])
+        self.acted, self.curve = state["judge.acted"].copy(), state["judge.curve"]
+        self.fresh, self.settled = map(bool, state["judge.flags"])
         self.share = float(state["judge.share"][0])
         self.null = Null(state["judge.null_loss"], state["judge.null_group"])
 
 
-def inclusion(credibility: Floats, duplicates: Ints) -> Floats:
+def inclusion(credibility: Floats, duplicates: Ints, lowest: float = LOWEST) -> Floats:
     """How likely each sample is in a round of the draw (N): q_i = d_i / max(1, Σ_{j ~ i} d_j).
 
-    d_i is 1 where the sample may be drawn (`credibility.drawable`), else c_i / 2, so that it comes
-    back now and then and may be judged again. The sum is over its group of near-duplicates, so that
-    a group counts as one sample, and a wrong copy hands its part to the others.
+    d_i is 1 where the sample may be drawn (`credibility.drawable`), else c_i / 2 or w₀ (`lowest`)
+    where that is more, so that it comes back now and then and may be judged again. The sum is over
+    its group of near-duplicates, so that a group counts as one sample, and a wrong copy hands its
+    part to the others.
     """
-    wanted = np.where(drawable(credibility), 1.0, COMEBACK * credibility)
+    wanted = np.where(drawable(credibility), 1.0, np.maximum(COMEBACK * credibility, lowest))
     total = np.bincount(duplicates, weights=wanted)[duplicates]
     return wanted / np.maximum(total, 1.0)

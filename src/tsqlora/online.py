@@ -19,8 +19,8 @@ from tsqlora import processes
 from tsqlora.collected import FINITE
 from tsqlora.credibility import ENOUGH
 from tsqlora.duplicates import near_duplicates
-from tsqlora.judging import Judge, Null, inclusion, window_size
-from tsqlora.losses import CLASSIFICATION, infer_kind
+from tsqlora.judging import LOWEST, LOWEST_OF_LABELS, Judge, Null, inclusion, window_size
+from tsqlora.losses import CLASSIFICATION
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
 from tsqlora.quality import Floats, QualityScores, quality_scores, tempered
@@ -154,14 +154,15 @@ class OnlineScorer:
 
     Attributes:
         scorer: how.
+        kind: the model's.
         judge: what is thought of the targets.
         duplicates: the group of near-duplicates of each sample (N).
         spent: passes of its own that scoring has taken so far.
     """
 
-    def __init__(self, scorer: Scorer, rows: Dataset) -> None:
-        self.scorer, self.rows = scorer, rows
-        self.judge = Judge(len(rows))
+    def __init__(self, scorer: Scorer, rows: Dataset, kind: str) -> None:
+        self.scorer, self.rows, self.kind = scorer, rows, kind
+        self.judge = Judge(len(rows), LOWEST_OF_LABELS if kind in FREE else LOWEST)
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
         self.spent, self._windows, self._ends = 0.0, 0, window_size(len(rows), 0)
@@ -180,22 +181,21 @@ class OnlineScorer:
         if taken is None:
             return
         positions, window = taken
-        kind = infer_kind(model)
-        null = processes.from_main(lambda: self._null(window, model, kind))
+        null = processes.from_main(lambda: self._null(window, model))
         self._windows += 1
-        if kind not in FREE:
+        if self.kind not in FREE:
             self.spent += 0.5 * len(null.loss)
             self._pairs = [*self._pairs, null][-NULL_WINDOWS:]
             null = Null(
                 *(np.concatenate(each) for each in zip(*map(astuple, self._pairs), strict=True))
             )
         group, classes = np.zeros(len(positions), dtype=np.int32), None
-        if kind == CLASSIFICATION:
+        if self.kind == CLASSIFICATION:
             group, classes = window.column("label"), window.column("output").shape[1]
         self.judge.close(positions, window.column("loss"), group, null, classes)
 
-    def _null(self, window: Window, model: nn.Module, kind: str) -> Null:
-        seed = self.scorer.seed + self._windows
+    def _null(self, window: Window, model: nn.Module) -> Null:
+        kind, seed = self.kind, self.scorer.seed + self._windows
         if kind in FREE:
             found = [null_of_outputs(window, kind, OTHERS * seed + k) for k in range(OTHERS)]
             return Null(*(np.concatenate(each) for each in zip(*found, strict=True)))
@@ -207,7 +207,7 @@ class OnlineScorer:
 
     def inclusion(self) -> np.ndarray:
         """q_i of the next epoch (N)."""
-        return inclusion(self.judge.credibility, self.duplicates)
+        return inclusion(self.judge.acted, self.duplicates, self.judge.lowest)
 
     def scores(self, visits: Visits, model: nn.Module) -> QualityScores:
         """The scores of all N samples; terms of those never visited are NaN."""
@@ -219,8 +219,9 @@ class OnlineScorer:
         scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
         probability = self.inclusion()
         if self.scorer.wanted.terms:
-            shared = probability / np.maximum(scores.credibility, 1e-12)
-            probability = shared * tempered(scores.quality, scores.credibility, quality.temperature)
+            acted = self.judge.acted
+            shared = probability / np.maximum(acted, 1e-12)
+            probability = shared * tempered(scores.quality, acted, quality.temperature)
         probability = probability / probability.sum()
         selected = drawn(probability, quality.fraction, seed)
         return replace(scores, probability=probability, selected=selected)

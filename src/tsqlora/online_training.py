@@ -69,7 +69,7 @@ class OnlineTrainer(PoolTrainer):
         refuse_shards(self.args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         batch_size = scorer.batch_size or self.args.per_device_train_batch_size
         scorer = replace(scorer, batch_size=batch_size)
-        self.visits, self.scoring = Visits(len(rows)), OnlineScorer(scorer, rows)
+        self.visits, self.scoring = Visits(len(rows)), OnlineScorer(scorer, rows, self.kind)
         self.recorder: Recorder | None = None
         if scorer.wanted.terms:
             sketched = "convergence" in scorer.wanted.terms
@@ -180,7 +180,7 @@ class OnlineTrainer(PoolTrainer):
     ) -> Tensor:
         """c_i (n), by which each sample's gradient is multiplied on its way from the loss."""
         judge = self.scoring.judge
-        if len(judge.curve) == 0:
+        if not judge.acting:
             return torch.ones_like(losses)
         classes = labels if self.kind == CLASSIFICATION else torch.zeros_like(losses).long()
         found = judge.weights(*map(as_numpy, (positions, losses, classes)))

@@ -221,10 +221,7 @@ class QualitySampler(Sampler[int]):
 
 
 class LengthGrouped(Sampler[int]):
-    """The draws of a `QualitySampler`, put in an order in which batches hold like lengths.
-
-    `lengths` (N) are those of all samples; grouped as the Trainer's `group_by_length` does it.
-    """
+    """The draws of a `QualitySampler` in batches of like `lengths` (N, those of all samples)."""
 
     def __init__(self, draws: QualitySampler, lengths: Sequence[int], batch_size: int) -> None:
         self.draws, self.lengths, self.batch_size = draws, lengths, batch_size
@@ -235,10 +232,25 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         drawn = list(self.draws)
-        generator = torch.Generator().manual_seed(self.draws.seed + self.draws.epoch)
         lengths = [self.lengths[i] for i in drawn]
-        order = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
-        return iter([drawn[i] for i in order])
+        seed = self.draws.seed + self.draws.epoch
+        return iter([drawn[i] for i in length_grouped(lengths, self.batch_size, seed)])
 
     def __len__(self) -> int:
         return len(self.draws)
+
+
+def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+    """An order of positions in which batches hold like lengths, as `group_by_length` makes them.
+
+    The Trainer's batches fall in length from one to the next; here they come in any order, the
+    longest one first and a smaller one last, so that what is trained on within some steps is like
+    the whole.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(list(lengths), batch_size, generator=generator)
+    full = len(order) // batch_size
+    shuffled = (1 + torch.randperm(max(full - 1, 0), generator=generator)).tolist()
+    batches = [*range(min(full, 1)), *shuffled]
+    grouped = [i for b in batches for i in order[b * batch_size : (b + 1) * batch_size]]
+    return [*grouped, *order[full * batch_size :]]
