@@ -10,9 +10,10 @@ same c(u) decides on every sample in the loss itself,
 (n_i the sample's labels or target tokens), so that a wrong target is not learnt even when it is
 first seen. w₀ is 0.001 for generation, whose wrong targets stand apart; 0.2 for classes and
 numbers, where hard samples look like wrong ones for long, and a model that never learns them grows
-surer of what it believes. Where a window says nothing, or nothing is wrong, w = 1 and the training
-is the plain one, bit for bit. Judged at every step instead, a model that knows nothing yet passes
-the guards of `credibility.py` by chance and collapses (all in benchmarks/LOG.md).
+surer of what it believes. There nothing is acted on, either, before the share of wrong ones has
+stopped falling from window to window. Where a window says nothing, or nothing is wrong, w = 1 and
+the training is the plain one, bit for bit. Judged at every step instead, a model that knows nothing
+yet passes the guards of `credibility.py` by chance and collapses (all in benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -67,9 +68,13 @@ class Null:
 
 
 class Judge:
-    """What is thought of N samples so far; `lowest` is w₀.
+    """What is thought of N samples so far.
+
+    `gentle`, as for classes and numbers, w₀ is 0.2, and nothing is acted on before the share of
+    wrong ones has settled.
 
     Attributes:
+        lowest: w₀.
         credibility: c_i of the window that i was last visited in (N), 1 before.
         judged: which samples a window has judged (N).
         acted: the c_i that draws and weights go by (N), 1 until the share of wrong ones settles.
@@ -81,8 +86,8 @@ class Judge:
             enough of them; NaN before.
     """
 
-    def __init__(self, samples: int, lowest: float = LOWEST) -> None:
-        self.lowest = lowest
+    def __init__(self, samples: int, gentle: bool = False) -> None:
+        self.gentle, self.lowest = gentle, LOWEST_OF_LABELS if gentle else LOWEST
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
         self.acted = np.ones(samples)
         self.curve, self.fresh, self.settled, self.null = np.zeros(0), False, False, Null()
@@ -91,8 +96,8 @@ class Judge:
     def weights(self, positions: Ints, loss: Floats, group: Ints) -> Floats:
         """w_i (n) of a batch that is being trained on, by the last curve.
 
-        Where the last window found nothing wrong or said nothing, samples that were never doubted
-        have 1.
+        Where the last window that said something found nothing wrong, samples that were never
+        doubted have 1.
         """
         if not self.acting:
             return np.ones(len(loss))
@@ -111,20 +116,19 @@ class Judge:
     ) -> None:
         """Judge the samples of a window that has ended, at `positions` in the pool.
 
-        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. The first
-        window that says something, and any in which the share of wrong ones is still falling, is
-        not acted on, nor is what was said before (benchmarks/LOG.md). One in which nothing looks
-        wrong, as when the wrong ones are hardly drawn any more, judges those doubted before by the
-        curve that doubted them; one that says nothing, all of its samples, and changes no draw.
+        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. A window
+        that says nothing changes nothing. Gently, the first that does, and any in which the share
+        of wrong ones is still falling, is not acted on, nor is what was said before. One in which
+        nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those doubted
+        before by the curve that doubted them.
         """
         u = null_percentiles(loss, group, null.loss, null.group)
         found = from_null(u, classes, len(null.loss))
         if not found.known:
-            if len(self.curve):
-                self.credibility[positions] = self._along(u)
             return
         self.fresh = bool((found.values < 1).any())
-        self.settled = self._settles(found.values[~self.judged[positions]], len(null.loss))
+        new = found.values[~self.judged[positions]]
+        self.settled = not self.gentle or self._settles(new, len(null.loss))
         if not self.settled:
             self.acted[:], self.judged[:] = 1, False
         self.null, self.judged[positions] = null, True

@@ -19,7 +19,7 @@ from tsqlora import processes
 from tsqlora.collected import FINITE
 from tsqlora.credibility import ENOUGH
 from tsqlora.duplicates import near_duplicates
-from tsqlora.judging import LOWEST, LOWEST_OF_LABELS, Judge, Null, inclusion, window_size
+from tsqlora.judging import Judge, Null, inclusion, window_size
 from tsqlora.losses import CLASSIFICATION
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
@@ -162,7 +162,7 @@ class OnlineScorer:
 
     def __init__(self, scorer: Scorer, rows: Dataset, kind: str) -> None:
         self.scorer, self.rows, self.kind = scorer, rows, kind
-        self.judge = Judge(len(rows), LOWEST_OF_LABELS if kind in FREE else LOWEST)
+        self.judge = Judge(len(rows), gentle=kind in FREE)
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
         self.spent, self._windows, self._ends = 0.0, 0, window_size(len(rows), 0)
