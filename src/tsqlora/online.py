@@ -264,7 +264,9 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judg
         return result
 
     missed = len(ids) - len(seen)
-    verdict = judge.verdict + (f"; {missed:,} of {len(ids):,} samples were never drawn" * bool(missed))
+    verdict = judge.verdict + (
+        f"; {missed:,} of {len(ids):,} samples were never drawn" * bool(missed)
+    )
     return replace(
         found,
         ids=ids,
