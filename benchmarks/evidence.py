@@ -45,11 +45,13 @@ Key = tuple[str, str, str, int]
 
 
 def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
-    """Each cell that is not there yet, in turn; others may run beside on other shares."""
-    rates = read_rates(results)
+    """Each cell that is not there yet, in turn; others may run beside on other shares.
+
+    Seconds are compared with plain LoRA's where both were taken here, as machines differ by the day.
+    """
+    rates, seconds = read_rates(results), dict[Key, float]()
     for task, condition, method, seed in tqdm(list(keys), desc="cells", unit="cell"):
-        there = {key(line): line for line in read_cells(results)}
-        if (task, condition, method, seed) in there:
+        if (task, condition, method, seed) in set(map(key, read_cells(results))):
             continue
         rate = rates.get(f"{task}/{RATE_OF.get(method, method)}")
         if rate is None:
@@ -57,8 +59,9 @@ def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
                 f"{results / RATES} has no rate for {method} on {task}: run `tune` first."
             )
         line = measured(task, condition, method, seed, rate, epochs)
-        plain = there.get((task, condition, "lora", seed))
-        line["seconds_ratio"] = round(line["seconds"] / plain["seconds"], 3) if plain else None
+        seconds[key(line)] = line["seconds"]
+        plain = seconds.get((task, condition, "lora", seed))
+        line["seconds_ratio"] = round(line["seconds"] / plain, 3) if plain else None
         with (results / CELLS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         tqdm.write(f"{task:6} {condition:12} {method:24} {seed} {line['metric']:.2f} "
