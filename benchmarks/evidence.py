@@ -47,7 +47,7 @@ Key = tuple[str, str, str, int]
 def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
     """Each cell that is not there yet, in turn; others may run beside on other shares.
 
-    Seconds are compared with plain LoRA's where both were taken here, as machines differ by the day.
+    Seconds are compared with plain LoRA's where both were taken here: machines differ by the day.
     """
     rates, seconds = read_rates(results), dict[Key, float]()
     for task, condition, method, seed in tqdm(list(keys), desc="cells", unit="cell"):
