@@ -247,7 +247,8 @@ def tables(lines: list[Line]) -> str:
                     for name in ("flag_precision", "flag_recall", "passes")
                 )
                 flagged, cost = f"{precision:.2f} / {recall:.2f}", f"{passes / samples:.2f}"
-                judged = (f"{task}, {samples:,}", method, str(found), flagged)
+                shown = str(found) if len(own) > 1 else f"{found.mean:.1f}"
+                judged = (f"{task}, {samples:,}", method, shown, flagged)
                 rows.append((*judged, cost, str(len(own))))
     return markdown(rows)
 
