@@ -7,9 +7,9 @@ Run: .venv/bin/pip install -c constraints.txt -e '.[demo,bench]'
      .venv/bin/python benchmarks/evidence.py tune --more mine.json --tasks mine   # then run
      .venv/bin/python benchmarks/evidence.py tables            # Markdown, and plots
 
-Each finished cell is a line of results/evidence.jsonl; cells that are there are skipped, so it may
-be stopped at any time. Rates are those of results/evidence_rates.json. Nothing in the tables is
-written by hand.
+Each finished cell is a line of results/evidence.jsonl, each rate tried one of
+results/evidence_tuning.jsonl; what is there is skipped, so it may be stopped at any time. Nothing
+in the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,35 @@ import peft
 import torch
 import transformers
 from evidence_cell import Cell, Outcome
-from evidence_data import CORE, CORE_CONDITIONS, TASKS, make_cell, more_tasks, write_cell
+from evidence_data import (
+    CORE,
+    CORE_CONDITIONS,
+    TASKS,
+    TRUSTED,
+    Task,
+    make_cell,
+    more_tasks,
+    read_rows,
+    write_cell,
+)
 from evidence_methods import METHODS, RATE_OF
 from tqdm import tqdm
 
 from tsqlora import __version__
-from tsqlora.artefacts import atomic_write_json, digest
+from tsqlora.artefacts import digest
 from tsqlora.errors import ConfigError
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CELLS, RATES = "evidence.jsonl", "evidence_rates.json"
-TUNING_SEED, TUNED_ON = 1000, ("clean", "wrong20")
-"""A seed of no cell; a method's rate is the best mean validation metric over these conditions."""
+CELLS, TUNING = "evidence.jsonl", "evidence_tuning.jsonl"
+TUNING_SEEDS, TUNED_ON, TUNING_ROWS = (1000, 1001), ("clean", "wrong20"), 2000
+"""Seeds of no cell, conditions and rows of validation: a method's rate has the best mean over them.
+
+The rows are damaged as train is; there are so many because a rate's worth is less than the chance
+of a few hundred (benchmarks/LOG.md).
+"""
+
+TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds", "versions", "at")
+"""What is kept of a trial."""
 
 Key = tuple[str, str, str, int]
 
@@ -49,16 +68,12 @@ def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
 
     Seconds are compared with plain LoRA's where both were taken here: machines differ by the day.
     """
-    rates, seconds = read_rates(results), dict[Key, float]()
+    seconds = dict[Key, float]()
     for task, condition, method, seed in tqdm(list(keys), desc="cells", unit="cell"):
         if (task, condition, method, seed) in set(map(key, read_cells(results))):
             continue
-        rate = rates.get(f"{task}/{RATE_OF.get(method, method)}")
-        if rate is None:
-            raise ConfigError(
-                f"{results / RATES} has no rate for {method} on {task}: run `tune` first."
-            )
-        line = measured(task, condition, method, seed, rate, epochs)
+        rate = read_rate(TASKS[task], method, results)
+        line = measured(TASKS[task], condition, method, seed, rate, epochs)
         seconds[key(line)] = line["seconds"]
         plain = seconds.get((task, condition, "lora", seed))
         line["seconds_ratio"] = round(line["seconds"] / plain, 3) if plain else None
@@ -69,10 +84,9 @@ def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
 
 
 def measured(
-    task: str, condition: str, method: str, seed: int, rate: float, epochs: float | None = None
+    kind: Task, condition: str, method: str, seed: int, rate: float, epochs: float | None = None
 ) -> dict[str, Any]:
     """A cell's line."""
-    kind = TASKS[task]
     with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
         data = make_cell(kind, condition, seed)
         write_cell(data, Path(folder) / "data")
@@ -81,7 +95,7 @@ def measured(
         config = cell.config().to_dict()
     rare = {"rare": round(points(outcome, "rare", kind.of_rare), 3)} if data.rare else {}
     return {
-        "task": task,
+        "task": kind.name,
         "condition": condition,
         "method": method,
         "seed": seed,
@@ -122,38 +136,89 @@ def versions() -> dict[str, str]:
     }
 
 
-def tune(tasks: Iterable[str], methods: Iterable[str], epochs: float | None, results: Path) -> None:
-    """The rate of each task and method, kept in results/evidence_rates.json with what was tried."""
-    file = results / RATES
-    rates = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    own = [method for method in methods if method not in RATE_OF]
-    missing = [(t, m) for t in tasks for m in own if f"{t}/{m}" not in rates]
-    for task, method in tqdm(missing, desc="tuning", unit="method"):
-        tried = {
-            rate: {
-                condition: measured(task, condition, method, TUNING_SEED, rate, epochs)[
-                    "validation"
-                ]
-                for condition in TUNED_ON
-            }
-            for rate in TASKS[task].rates
-        }
-        best = max(TASKS[task].rates, key=lambda rate: sum(tried[rate].values()))
-        rates[f"{task}/{method}"] = {"rate": best, "tried": {str(r): v for r, v in tried.items()}}
-        atomic_write_json(file, rates)
-        tqdm.write(f"{task:6} {method:24} {best}")
+def tune(pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path) -> None:
+    """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each."""
+    for task, method in tqdm(list(pairs), desc="tuning", unit="method"):
+        while missing := untried(TASKS[task], tried(task, method, results)):
+            for condition, seed, rate in tqdm(missing, desc=f"{method} on {task}", leave=False):
+                kind = for_tuning(TASKS[task])
+                line = measured(kind, condition, method, seed, rate, epochs)
+                kept = {name: line[name] for name in TRIAL}
+                with (results / TUNING).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**kept, "rate": rate}) + "\n")
+                tqdm.write(f"{task:6} {condition:12} {method:24} {seed} {rate} "
+                           f"{line['validation']:.2f}")  # fmt: skip
 
 
-def read_rates(results: Path = RESULTS) -> dict[str, float]:
-    """The tuned rate by "task/method"."""
-    file = results / RATES
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {name: entry["rate"] for name, entry in found.items()}
+Tried = dict[float, dict[tuple[str, int], float]]
+
+
+def tried(task: str, method: str, results: Path) -> Tried:
+    """The validation metrics by rate and by (condition, seed)."""
+    found: Tried = {}
+    for line in read_lines(results / TUNING):
+        if (line["task"], line["method"]) == (task, method):
+            cells = found.setdefault(line["rate"], {})
+            cells[line["condition"], line["seed"]] = line["validation"]
+    return found
+
+
+def untried(task: Task, found: Tried) -> list[tuple[str, int, float]]:
+    """The trials that are missing: of the task's rates, then of twice the best, if that is the
+    highest tried, or half of it, if it is the lowest."""
+    wanted = set(task.rates)
+    if wanted <= set(whole := _whole(found)):
+        best = _best(whole)
+        wanted = {2 * best} if best == max(whole) else {best / 2} if best == min(whole) else set()
+    return [
+        (condition, seed, rate)
+        for seed, condition, rate in product(TUNING_SEEDS, TUNED_ON, sorted(wanted))
+        if (condition, seed) not in found.get(rate, {})
+    ]
+
+
+def _whole(found: Tried) -> dict[float, float]:
+    """The mean metric of every rate that was tried in all cells."""
+    cells = len(TUNED_ON) * len(TUNING_SEEDS)
+    return {
+        rate: sum(values.values()) / cells for rate, values in found.items() if len(values) == cells
+    }
+
+
+def _best(means: dict[float, float]) -> float:
+    """Of equals the lowest."""
+    return max(sorted(means), key=lambda rate: means[rate])
+
+
+def read_rate(task: Task, method: str, results: Path = RESULTS) -> float:
+    """The tuned rate.
+
+    Raises:
+        ConfigError: not all trials are there.
+    """
+    name = RATE_OF.get(method, method)
+    found = tried(task.name, name, results)
+    if untried(task, found):
+        raise ConfigError(
+            f"{results / TUNING} has not all rates of {name} on {task.name}: run `tune` first."
+        )
+    return _best(_whole(found))
+
+
+def for_tuning(task: Task) -> Task:
+    """The task with `TUNING_ROWS` rows of validation, or as many as its cells leave."""
+    left = len(read_rows(task.train)) - TRUSTED - (task.samples or 0)
+    rows = min(TUNING_ROWS, left) if task.samples else task.validation_rows
+    return replace(task, validation_rows=max(rows, task.validation_rows))
 
 
 def read_cells(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """All finished cells; a line cut off by an interruption is not one."""
-    path = results / CELLS
+    """All finished cells."""
+    return read_lines(results / CELLS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a JSON Lines file holds; a line cut off by an interruption is not there."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
@@ -193,8 +258,11 @@ def main() -> None:
     if unknown := set(given.tasks) - set(TASKS):
         parser.error(f"no task {', '.join(sorted(unknown))}: there are {', '.join(TASKS)}")
     given.results.mkdir(parents=True, exist_ok=True)
+    first, of = given.share
     if given.what == "tune":
-        tune(given.tasks, given.methods, given.epochs, given.results)
+        own = [method for method in given.methods if method not in RATE_OF]
+        pairs = list(product(given.tasks, own))
+        tune(pairs[first - 1 :: of], given.epochs, given.results)
     elif given.what == "run":
         order: list[Key] = [
             (task, condition, method, seed)
@@ -204,7 +272,6 @@ def main() -> None:
             for method in given.methods
             if condition != "clean" or not method.startswith("oracle")  # there it is plain LoRA
         ]
-        first, of = given.share
         run(order[first - 1 :: of], given.epochs, given.results)
     else:
         from evidence_tables import write_tables
