@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -184,13 +185,18 @@ def dense_delta(module: LoraModule) -> Tensor:
 def looped_duplicates(
     texts: Sequence[Sequence[int]], targets: Sequence[object], threshold: float
 ) -> list[int]:
-    """The group of every text, by comparing each with each."""
+    """The group of every text, by comparing each with each: by J and by J with weights."""
     counted = [Counter([*text, *pairwise([None, *text, None])]) for text in texts]
+    sets = [{(x, k) for x, n in c.items() for k in range(n)} for c in counted]
+    holders = Counter((x, target) for s, target in zip(sets, targets, strict=True) for x in s)
     groups = list(range(len(texts)))
-    for i, one in enumerate(counted):
-        for j, other in enumerate(counted[:i]):
-            alike = (one & other).total() / (one | other).total() >= threshold
-            if alike and targets[i] == targets[j]:
+    for i, one in enumerate(sets):
+        for j, other in enumerate(sets[:i]):
+            weight = {x: math.log(1 + len(texts) / max(1, holders[x, targets[i]]))
+                      for x in one | other}  # fmt: skip
+            plain = len(one & other) / len(one | other)
+            weighted = sum(map(weight.get, one & other)) / sum(weight.values())  # type: ignore[arg-type]
+            if min(plain, weighted) >= threshold and targets[i] == targets[j]:
                 groups = [groups[j] if group == groups[i] else group for group in groups]
     return groups
 

@@ -82,6 +82,16 @@ def test_another_word_in_a_short_text_is_another_text() -> None:
     assert near_duplicates(encoded(texts)).tolist() == [0, 1, 2]
 
 
+def test_one_phrase_about_many_things_is_many_texts() -> None:
+    """ "What is a fear of food?", "... of fish?": at J ≥ 0.6 alone they would be one."""
+    phrases = [[0, 1, 2, 3, 4, 5, 100 + i, 6, 7] for i in range(12)]
+    others = [[0, *range(200 + 20 * i, 207 + 20 * i), 7] for i in range(200)]
+    assert len(set(near_duplicates(encoded(phrases + others)).tolist())) == 212
+    copies = [[*text[:4], *text[5:]] for text in others]
+    found = near_duplicates(encoded(others + copies))
+    assert found.tolist() == 2 * list(range(200))
+
+
 def test_the_order_of_words_counts() -> None:
     assert near_duplicates(encoded([[1, 2, 3], [3, 2, 1]])).tolist() == [0, 1]
 

@@ -103,6 +103,19 @@ def test_while_the_share_of_wrong_ones_falls_nobody_is_doubted() -> None:
         assert (judge.credibility[500 * i :][:500][bad] < 0.5).mean() > 0.8, "said all the same"
 
 
+@pytest.mark.parametrize(("share", "heeded"), [(0.016, False), (0.1, True)])
+def test_labels_of_which_next_to_none_look_wrong_are_trained_on_as_they_are(
+    share: float, heeded: bool
+) -> None:
+    judge, group = Judge(1000, gentle=True), np.zeros(500, dtype=np.int32)
+    for i in range(2):
+        loss, bad, null = window(500, share, seed=i)
+        judge.close(500 * i + EVERY, loss, group, null)
+    assert judge.credibility[500:][bad].mean() < 0.2, "said all the same"
+    assert (judge.heeded < 1).any() == heeded
+    assert (judge.weights(EVERY, np.full(500, 3.0), group) < 1).any() == heeded
+
+
 def test_the_state_of_a_judge_comes_back_the_same() -> None:
     judge, other = Judge(500), Judge(500)
     loss, _, null = window(500, WRONG)

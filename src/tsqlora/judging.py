@@ -11,9 +11,10 @@ same c(u) decides on every sample in the loss itself,
 first seen. w₀ is 0.001 for generation, whose wrong targets stand apart; 0.2 for classes and
 numbers, where hard samples look like wrong ones for long, and a model that never learns them grows
 surer of what it believes. There nothing is acted on, either, before the share of wrong ones has
-stopped falling from window to window. Where a window says nothing, or nothing is wrong, w = 1 and
-the training is the plain one, bit for bit. Judged at every step instead, a model that knows nothing
-yet passes the guards of `credibility.py` by chance and collapses (all in benchmarks/LOG.md).
+stopped falling from window to window, nor while fewer than one in fifty look wrong. Where a window
+says nothing, or nothing is wrong, w = 1 and the training is the plain one, bit for bit. Judged at
+every step instead, a model that knows nothing yet passes the guards of `credibility.py` by chance
+and collapses (all in benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ COMEBACK = 0.5
 """Of a doubted sample, the part of c_i with which it is in a round of the draw, at least w₀."""
 SETTLED = 0.75
 """A share of wrong ones below this part of the window's before is falling."""
+FEW = 0.02
+"""Labels of which fewer look wrong are trained on as they are: what is doubted then is mostly hard,
+and of as much use as anything (benchmarks/LOG.md)."""
 GRID = 257
 """Points of u between which c(u) is interpolated."""
 
@@ -77,7 +81,7 @@ class Judge:
         lowest: w₀.
         credibility: c_i of the window that i was last visited in (N), 1 before.
         judged: which samples a window has judged (N).
-        acted: the c_i that draws and weights go by (N), 1 until the share of wrong ones settles.
+        acted: the c_i of windows in which the share of wrong ones had settled (N), 1 before.
         curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
         fresh: whether that was the last window of all.
         settled: whether `curve` is gone by.
@@ -109,7 +113,13 @@ class Judge:
     @property
     def acting(self) -> bool:
         """Whether any weight may be other than 1."""
-        return self.settled and len(self.curve) > 0
+        few = self.gentle and not self.wrong_share >= FEW
+        return self.settled and len(self.curve) > 0 and not few
+
+    @property
+    def heeded(self) -> Floats:
+        """The c_i that draws and weights go by (N)."""
+        return self.acted if self.acting else np.ones(len(self.acted))
 
     def close(
         self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None

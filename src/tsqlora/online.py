@@ -207,7 +207,7 @@ class OnlineScorer:
 
     def inclusion(self) -> np.ndarray:
         """q_i of the next epoch (N)."""
-        return inclusion(self.judge.acted, self.duplicates, self.judge.lowest)
+        return inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
 
     def scores(self, visits: Visits, model: nn.Module) -> QualityScores:
         """The scores of all N samples; terms of those never visited are NaN."""
@@ -219,7 +219,7 @@ class OnlineScorer:
         scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
         probability = self.inclusion()
         if self.scorer.wanted.terms:
-            acted = self.judge.acted
+            acted = self.judge.heeded
             shared = probability / np.maximum(acted, 1e-12)
             probability = shared * tempered(scores.quality, acted, quality.temperature)
         probability = probability / probability.sum()

@@ -21,10 +21,10 @@ from tsqlora.quality import QualityScores
 from tsqlora.ranked import likely_wrong, ranking, write_ranked
 from tsqlora.seeing import Seen
 
-EPOCHS = 6
-"""Of the adaptation before rows are judged: longer than before a training, as nothing comes after
-(benchmarks/README.md)."""
-MOST_STEPS = 2000
+EPOCHS, MOST_EPOCHS, LEAST_STEPS = 3, 6, 100
+"""Of the adaptation before rows are judged: after more epochs a wrong label is known by heart, and
+after fewer steps than these nothing is known; a small pool is passed up to six times for them."""
+MOST_STEPS = 6400
 """Steps after which a large pool's adaptation ends, though never before one epoch."""
 BATCH, RATE, LAST_RATE = 32, 1e-3, 0.1
 """Samples a step, the learning rate, and the share of it that is left at the end."""
@@ -33,7 +33,8 @@ BATCH, RATE, LAST_RATE = 32, 1e-3, 0.1
 def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> RunConfig:
     """A configuration that judges the targets: long adaptation, losses alone, no gradient term."""
     epoch = math.ceil(seen.rows / BATCH)
-    steps = min(EPOCHS * epoch, max(MOST_STEPS, epoch))
+    steps = max(EPOCHS * epoch, min(LEAST_STEPS, MOST_EPOCHS * epoch))
+    steps = min(steps, max(MOST_STEPS, epoch))
     mapping: dict[str, Any] = {
         "model": seen.model,
         "task": seen.chosen.task,

@@ -1,9 +1,12 @@
 """Texts of tokens as sets of hashed n-grams: what MinHash compares.
 
 A text of n tokens is the set of its tokens and of its pairs of neighbours, its two ends counted as
-neighbours too, each numbered where it comes again: 2n + 1 shingles. How alike two texts are is
-J = |A ∩ B| / |A ∪ B|. A token left out of n gives (n - 1) / (n + 1) or more, one said twice
-(2n + 1) / (2n + 3), another in its place (n - 1) / (n + 2).
+neighbours too, each numbered where it comes again: 2n + 1 shingles. How alike two texts are is the
+lesser of J = |A ∩ B| / |A ∪ B| and of J with every shingle x weighing log(1 + N / N_x), N_x the
+samples of all N that hold it (inverse document frequency; Spärck Jones 1972). A token left out of n
+gives a J of (n - 1) / (n + 1) or more, one said twice (2n + 1) / (2n + 3), another in its place
+(n - 1) / (n + 2): which as a rule is a rare one, so that the weights tell "a fear of food" from "a
+fear of fish".
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from tsqlora.columns import column
 
 PIECE = 2**21
 """Shingles that are worked on at once."""
+SPARE = 8
+"""Bits of a hash that N_x is not counted by: 64 MiB, of which a small pool touches little."""
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Tokens of some samples one after the other, how many each has, and a number that samples must
@@ -28,10 +33,14 @@ _ONE, _TWO = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 @dataclass(frozen=True)
 class Shingles:
-    """Sample i's hashes are `hashes[starts[i]:starts[i + 1]]`, in order and none twice."""
+    """Sample i's hashes are `hashes[starts[i]:starts[i + 1]]`, in order and none twice.
+
+    `held[h >> SPARE]` is N_x of the shingle whose hash is h, and of others that share these bits.
+    """
 
     hashes: np.ndarray
     starts: np.ndarray
+    held: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -42,6 +51,10 @@ class Shingles:
         owner = np.repeat(np.arange(len(rows)), lengths)
         inside = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return owner, self.hashes[self.starts[rows][owner] + inside]
+
+    def weights(self, hashes: np.ndarray) -> np.ndarray:
+        """log(1 + N / N_x) of shingles."""
+        return np.log1p(len(self) / self.held[hashes >> np.uint32(SPARE)])
 
 
 def shingles_of(blocks: Iterator[Block], samples: int, tokens: int) -> Shingles:
@@ -54,31 +67,50 @@ def shingles_of(blocks: Iterator[Block], samples: int, tokens: int) -> Shingles:
         hashes[used : used + len(made)] = made
         starts[first + 1 : first + 1 + len(counts)] = used + np.cumsum(counts)
         first, used = first + len(counts), used + len(made)
-    return Shingles(hashes[:used], starts[: first + 1])
+    return Shingles(hashes[:used], starts[: first + 1], _held(hashes[:used], starts[: first + 1]))
+
+
+def _held(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """How many samples hold the shingles of each number that hashes without `SPARE` bits are."""
+    held = column(2 ** (32 - SPARE), np.uint32)
+    for rows in pieces(starts):
+        some = hashes[starts[rows.start] : starts[rows.stop]] >> np.uint32(SPARE)
+        numbers, counts = np.unique(some, return_counts=True)
+        held[numbers] += counts.astype(np.uint32)
+    return held
 
 
 def similarity(shingles: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """J of pairs of samples (M)."""
+    """The lesser J of pairs of samples (M)."""
     sizes = np.diff(shingles.starts)
-    shared = np.zeros(len(left), np.int64)
+    found = np.zeros(len(left))
     ends = np.cumsum(sizes[left] + sizes[right])
     start = 0
     while start < len(left):
         budget = (ends[start - 1] if start else 0) + PIECE
         stop = max(int(np.searchsorted(ends, budget, "right")), start + 1)
-        shared[start:stop] = _shared(shingles, left[start:stop], right[start:stop])
+        found[start:stop] = _alike(shingles, left[start:stop], right[start:stop])
         start = stop
-    return shared / np.maximum(sizes[left] + sizes[right] - shared, 1)
+    return found
 
 
-def _shared(shingles: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """|A ∩ B| of pairs (M): both sides are in order, so one search serves all."""
+def _alike(shingles: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The lesser J of pairs (M): both sides are in order, so one search serves all."""
     owner, hashes = shingles.of(left)
+    other, others = shingles.of(right)
     wanted = (owner.astype(np.uint64) << np.uint64(32)) | hashes
-    there_owner, hashes = shingles.of(right)
-    there = (there_owner.astype(np.uint64) << np.uint64(32)) | hashes
+    there = (other.astype(np.uint64) << np.uint64(32)) | others
     places = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
-    return np.bincount(owner[there[places] == wanted], minlength=len(left))
+    shared = there[places] == wanted
+    weights, count = shingles.weights(hashes), len(left)
+    both = np.stack([_sums(owner[shared], w, count) for w in (None, weights[shared])])
+    one = np.stack([_sums(owner, w, count) for w in (None, weights)])
+    two = np.stack([_sums(other, w, count) for w in (None, shingles.weights(others))])
+    return (both / (one + two - both)).min(axis=0)
+
+
+def _sums(owner: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
+    return np.bincount(owner, weights, count)
 
 
 def pieces(starts: np.ndarray) -> Iterator[slice]:
