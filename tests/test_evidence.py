@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+from evidence import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
 from evidence_claims import claims
-from evidence_data import CONDITIONS, TASKS, TRUSTED, make_cell, more_tasks
+from evidence_data import CONDITIONS, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import tables
+
+from tsqlora.errors import ConfigError
 
 CLASSES = ("a", "b", "c")
 
@@ -55,6 +61,53 @@ def test_a_task_of_ones_own_is_found_beside_its_file(own: Path) -> None:
     assert Path(task.train) == own.parent / "train.jsonl"
     assert task.model == "someone/encoder"
     assert task.rates == TASKS["trec"].rates
+
+
+def trials(task: Task, folder: Path, worth: Callable[[float], float]) -> list[float]:
+    """The rates that are tried, in their order, where each comes to what it is worth."""
+    file, asked = folder / "evidence_tuning.jsonl", list[float]()
+    while missing := untried(task, tried(task.name, "lora", folder)):
+        for condition, seed, rate in missing:
+            asked += [] if rate in asked else [rate]
+            line = {"task": task.name, "method": "lora", "condition": condition, "seed": seed,
+                    "rate": rate, "validation": worth(rate)}  # fmt: skip
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(line) + "\n")
+    assert len(file.read_text().splitlines()) == len(asked) * len(TUNED_ON) * len(TUNING_SEEDS)
+    assert read_rate(task, "oracle", folder) == max(asked, key=worth)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("best", "asked"),
+    [
+        (2e-3, [1e-3, 2e-3, 4e-3]),
+        (1e-2, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]),
+        (6e-4, [1e-3, 2e-3, 4e-3, 5e-4]),
+    ],
+)
+def test_a_rate_is_tuned_until_the_best_is_not_at_an_edge(
+    best: float, asked: list[float], tmp_path: Path
+) -> None:
+    task = TASKS["trec"]
+    assert trials(task, tmp_path, lambda rate: -abs(math.log(rate / best))) == [
+        1e-3,
+        2e-3,
+        4e-3,
+        *asked,
+    ]
+
+
+def test_no_rate_is_taken_before_all_trials_are_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run `tune` first"):
+        read_rate(TASKS["trec"], "lora", tmp_path)
+
+
+def test_rates_are_judged_on_rows_of_no_cell(own: Path) -> None:
+    task = replace(more_tasks(own)["mine"], samples=300)
+    tuning = for_tuning(task)
+    assert tuning.validation_rows == 200
+    assert len(make_cell(tuning, "clean", 0).train) == 300
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

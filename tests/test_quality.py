@@ -137,7 +137,7 @@ def test_wrong_targets_are_found_and_counted_by_the_null() -> None:
         wrong = random.random(3000) < share
         loss = np.where(wrong, random.gamma(9.0, 0.5, 3000), random.gamma(1.0, 0.2, 3000))
         groups = np.zeros(3000, dtype=np.int64)
-        found = from_null(null_percentiles(loss, groups, null, groups))
+        found = from_null(null_percentiles(loss, groups, null, groups), len(null))
         assert found.wrong_share == pytest.approx(share, abs=0.04)
         if share == 0:
             assert (found.values == 1).all()
@@ -154,15 +154,17 @@ def test_shares_of_few_classes_are_not_overstated() -> None:
         high, low = random.gamma(9.0, 0.5, 6000), random.gamma(1.0, 0.2, 6000)
         groups = np.zeros(6000, dtype=np.int64)
         u = null_percentiles(np.where(wrong, high, low), groups, np.where(wrong, low, high), groups)
-        assert from_null(u, classes=2).wrong_share == pytest.approx(share, abs=0.03)
+        assert from_null(u, np.inf, classes=2).wrong_share == pytest.approx(share, abs=0.03)
 
 
 def test_a_model_that_knows_nothing_judges_nothing() -> None:
     random = np.random.default_rng(0)
-    ignorant = from_null(random.random(2000))
+    ignorant = from_null(random.random(2000), np.inf)
     assert not ignorant.known
     assert (ignorant.values == 1).all()
-    unsure = from_null(random.beta(1.0, 1.6, 2000))  # hard but sound reach into the null's range
+    unsure = from_null(
+        random.beta(1.0, 1.6, 2000), np.inf
+    )  # hard but sound reach into the null's range
     assert not unsure.known
     assert "not judged" in unsure.verdict
 
@@ -175,14 +177,15 @@ def test_a_small_null_does_not_hide_what_is_plain_to_see() -> None:
         loss = np.where(wrong, random.normal(5, 1, 1000), random.exponential(0.3, 1000))
         none = np.zeros(1000, dtype=np.int64)
         u = null_percentiles(loss, none, null, np.zeros(80, dtype=np.int64))
-        unjudged += not from_null(u, None, 80).known
+        unjudged += not from_null(u, 80).known
     assert unjudged <= 2
 
 
 def test_where_sound_samples_cannot_be_recognised_nothing_is_judged() -> None:
     random = np.random.default_rng(0)
     wrong = random.random(2000) < 0.2
-    found = from_null(np.where(wrong, random.random(2000), random.beta(0.9, 1.05, 2000)))
+    u = np.where(wrong, random.random(2000), random.beta(0.9, 1.05, 2000))
+    found = from_null(u, np.inf)
     assert not found.known
     assert (found.values == 1).all()
 
@@ -225,11 +228,11 @@ def test_a_clean_reference_shows_what_hard_but_sound_samples_cost() -> None:
     random = np.random.default_rng(0)
     sound = random.beta(0.6, 1.6, 4000)
     reference = random.beta(0.6, 1.6, 400)
-    clean = from_reference(sound, reference)
+    clean = from_reference(sound, reference, np.inf)
     assert clean.wrong_share == 0
     assert (clean.values == 1).all()
     wrong = random.random(4000) < 0.3
-    dirty = from_reference(np.where(wrong, random.random(4000), sound), reference)
+    dirty = from_reference(np.where(wrong, random.random(4000), sound), reference, np.inf)
     assert dirty.wrong_share == pytest.approx(0.3, abs=0.08)
 
 
@@ -240,7 +243,7 @@ def test_a_reference_as_dirty_as_the_pool_fools_nobody() -> None:
         wrong = random.random(samples) < 0.3
         return np.where(wrong, random.random(samples), random.beta(0.2, 9.0, samples))
 
-    found = from_reference(dirty(3000), dirty(500))
+    found = from_reference(dirty(3000), dirty(500), np.inf)
     assert found.wrong_share == pytest.approx(0.3, abs=0.05)
 
 

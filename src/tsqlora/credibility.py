@@ -110,11 +110,11 @@ def _percentile(loss: Floats, null: Floats) -> Floats:
     return (below + upto) / (2 * max(len(null), 1))
 
 
-def from_null(u: Floats, classes: int | None = None, null: float = np.inf) -> Credibility:
+def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility:
     """Credibility from the permutation null alone, with no trusted sample.
 
-    `classes` is C for classification, None where a permuted target is never right by chance;
-    `null` how many losses u was taken beside.
+    `null` is how many losses u was taken beside (infinite where that is its distribution itself);
+    `classes` is C for classification, None where a permuted target is never right by chance.
     Nothing is judged (c = 1) when there are too few samples, when f is not flat over the upper
     half of u, or when the pool looks like the null itself: then the model cannot know.
     """
@@ -185,7 +185,9 @@ def drawable(values: Floats) -> NDArray[np.bool_]:
     return drawn
 
 
-def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -> Credibility:
+def from_reference(
+    u: Floats, reference_u: Floats, null: float, classes: int | None = None
+) -> Credibility:
     """Credibility where trusted samples show what right targets cost: f₁ is their density of u.
 
     ρ maximises the likelihood of the pool under (1 - ρ) f₁ + ρ; it counts only when the gain over
@@ -193,9 +195,9 @@ def from_reference(u: Floats, reference_u: Floats, classes: int | None = None) -
     the null is not
     believed, nor is one of fewer than `ENOUGH` samples: then the null alone judges.
     """
-    by_null = from_null(reference_u, classes)
+    by_null = from_null(reference_u, null, classes)
     if len(reference_u) < ENOUGH or (by_null.known and by_null.wrong_share > 0.05):
-        return from_null(u, classes)
+        return from_null(u, null, classes)
     trusted = _histogram(reference_u, prior=0.5)
     counts = np.histogram(u, BINS, (0, 1))[0]
     grid = np.linspace(0, 0.95, 191)[:, None]

@@ -133,7 +133,7 @@ class Judge:
         before by the curve that doubted them.
         """
         u = null_percentiles(loss, group, null.loss, null.group)
-        found = from_null(u, classes, len(null.loss))
+        found = from_null(u, len(null.loss), classes)
         if not found.known:
             return
         self.fresh = bool((found.values < 1).any())

@@ -245,10 +245,11 @@ def _by_loss(pool: Measurements, reference: Measurements | None) -> Credibility:
             "targets are not judged: no wrong ones to compare",
         )
     null = (pool.null_loss, pool.null_group)
-    u = null_percentiles(pool.loss, pool.group, *null)
+    u, size = null_percentiles(pool.loss, pool.group, *null), len(pool.null_loss)
     if reference is None:
-        return from_null(u, pool.classes, len(pool.null_loss))
-    return from_reference(u, null_percentiles(reference.loss, reference.group, *null), pool.classes)
+        return from_null(u, size, pool.classes)
+    trusted = null_percentiles(reference.loss, reference.group, *null)
+    return from_reference(u, trusted, size, pool.classes)
 
 
 def convergence_terms(pool: Measurements) -> Floats:
