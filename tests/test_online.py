@@ -168,6 +168,34 @@ def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
     assert found.selected.sum() == 6
 
 
+def test_labels_are_judged_at_the_end_by_all_last_visits_together() -> None:
+    """Windows of a few visits said nothing; what the samples' last outputs say all the same."""
+    random, count = np.random.default_rng(0), 600
+    true, wrong = random.integers(0, 4, count), np.arange(count) < 120
+    label = np.where(wrong, (true + random.integers(1, 4, count)) % 4, true)
+    output = random.normal(0, 1, (count, 4)).astype(np.float32)
+    output[np.arange(count), true] += 4
+    loss = np.log(np.exp(output).sum(1)) - output[np.arange(count), label]
+    order = random.permutation(count)
+    columns = {
+        "position": order,
+        "loss": loss.astype(np.float32)[order],
+        "length": np.ones(count, np.int64),
+        "label": label[order],
+        "output": output[order],
+    }
+    quality = QualityConfig(mode="online", weights=QualityWeights(0.0, 0.0, 0.0))
+    rows, visits = Dataset.from_dict({"id": np.arange(count)}), Visits(count)
+    visits.add(0, columns)
+    visits.settle()
+    scorer = OnlineScorer(Scorer(collate, quality), rows, CLASSIFICATION)
+    found = scorer.scores(visits, with_lora(tiny_model("bert"), "classification"))
+    assert not scorer.judge.judged.any()
+    assert found.wrong_share == pytest.approx(0.2, abs=0.04)
+    assert found.verdict.startswith("about 2")
+    assert found.credibility[wrong].mean() < 0.2 < 0.9 < found.credibility[~wrong].mean()
+
+
 def online_run(folder: Path, **changes: Any) -> Path:
     settings = {
         "quality.mode": "online",

@@ -210,12 +210,17 @@ class OnlineScorer:
         return inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
 
     def scores(self, visits: Visits, model: nn.Module) -> QualityScores:
-        """The scores of all N samples; terms of those never visited are NaN."""
+        """The scores of all N samples; terms of those never visited are NaN.
+
+        Classes and numbers are judged once more, by the last visits of all together (each with the
+        null of its own visit, so that none is stale): of one large pool more can be said than of
+        windows. Where that says nothing, and of generation, the windows' verdicts stand.
+        """
         quality, seed, ids = self.scorer.quality, self.scorer.seed, np.asarray(self.rows["id"])
         seen = visits.seen
         if len(seen) == 0:
             return unscored(ids, quality.fraction, seed, "no sample was scored")
-        pool = self.scorer.measurements(visits, model, self.rows.select(seen), False)
+        pool = self.scorer.measurements(visits, model, self.rows.select(seen), self.kind in FREE)
         scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
         probability = self.inclusion()
         if self.scorer.wanted.terms:
@@ -263,8 +268,8 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judg
         result[seen] = found.prediction
         return result
 
-    missed = len(ids) - len(seen)
-    verdict = judge.verdict + (
+    missed, known = len(ids) - len(seen), not np.isnan(found.wrong_share)
+    verdict = (found.verdict if known else judge.verdict) + (
         f"; {missed:,} of {len(ids):,} samples were never drawn" * bool(missed)
     )
     return replace(
@@ -274,8 +279,8 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judg
         gradient_norm=whole(found.gradient_norm, np.nan),
         loss_reduction=whole(found.loss_reduction, np.nan),
         convergence=whole(found.convergence, np.nan),
-        credibility=judge.credibility,
-        wrong_share=judge.wrong_share,
+        credibility=whole(found.credibility, 1.0) if known else judge.credibility,
+        wrong_share=found.wrong_share if known else judge.wrong_share,
         quality=whole(found.quality, found.quality.max()),
         prediction=predicted(),
         verdict=verdict,
