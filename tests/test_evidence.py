@@ -18,11 +18,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from evidence import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
 from evidence_claims import claims
 from evidence_data import CONDITIONS, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import tables
+from evidence_tuning import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
 
 from tsqlora.errors import ConfigError
 

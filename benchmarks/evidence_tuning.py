@@ -1,0 +1,102 @@
+"""The learning rate of every task and method, tried on seeds and rows that no cell has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from evidence_data import TASKS, TRUSTED, Task, read_rows
+from evidence_lines import RESULTS, measured, read_lines
+from evidence_methods import RATE_OF
+from tqdm import tqdm
+
+from tsqlora.errors import ConfigError
+
+TUNING = "evidence_tuning.jsonl"
+TUNING_SEEDS, TUNED_ON, TUNING_ROWS = (1000, 1001), ("clean", "wrong20"), 2000
+"""Seeds of no cell, conditions and rows of validation: a method's rate has the best mean over them.
+
+The rows are damaged as train is; there are so many because a rate's worth is less than the chance
+of a few hundred (benchmarks/LOG.md).
+"""
+TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds", "versions", "at")
+"""What is kept of a trial."""
+
+
+def tune(pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path) -> None:
+    """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each."""
+    for task, method in tqdm(list(pairs), desc="tuning", unit="method"):
+        while missing := untried(TASKS[task], tried(task, method, results)):
+            for condition, seed, rate in tqdm(missing, desc=f"{method} on {task}", leave=False):
+                kind = for_tuning(TASKS[task])
+                line = measured(kind, condition, method, seed, rate, epochs)
+                kept = {name: line[name] for name in TRIAL}
+                with (results / TUNING).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**kept, "rate": rate}) + "\n")
+                tqdm.write(f"{task:6} {condition:12} {method:24} {seed} {rate} "
+                           f"{line['validation']:.2f}")  # fmt: skip
+
+
+Tried = dict[float, dict[tuple[str, int], float]]
+
+
+def tried(task: str, method: str, results: Path) -> Tried:
+    """The validation metrics by rate and by (condition, seed)."""
+    found: Tried = {}
+    for line in read_lines(results / TUNING):
+        if (line["task"], line["method"]) == (task, method):
+            cells = found.setdefault(line["rate"], {})
+            cells[line["condition"], line["seed"]] = line["validation"]
+    return found
+
+
+def untried(task: Task, found: Tried) -> list[tuple[str, int, float]]:
+    """The trials that are missing: of the task's rates, then of twice the best, if that is the
+    highest tried, or half of it, if it is the lowest."""
+    wanted = set(task.rates)
+    if wanted <= set(whole := _whole(found)):
+        best = _best(whole)
+        wanted = {2 * best} if best == max(whole) else {best / 2} if best == min(whole) else set()
+    return [
+        (condition, seed, rate)
+        for seed, condition, rate in product(TUNING_SEEDS, TUNED_ON, sorted(wanted))
+        if (condition, seed) not in found.get(rate, {})
+    ]
+
+
+def _whole(found: Tried) -> dict[float, float]:
+    """The mean metric of every rate that was tried in all cells."""
+    cells = len(TUNED_ON) * len(TUNING_SEEDS)
+    return {
+        rate: sum(values.values()) / cells for rate, values in found.items() if len(values) == cells
+    }
+
+
+def _best(means: dict[float, float]) -> float:
+    """Of equals the lowest."""
+    return max(sorted(means), key=lambda rate: means[rate])
+
+
+def read_rate(task: Task, method: str, results: Path = RESULTS) -> float:
+    """The tuned rate.
+
+    Raises:
+        ConfigError: not all trials are there.
+    """
+    name = RATE_OF.get(method, method)
+    found = tried(task.name, name, results)
+    if untried(task, found):
+        raise ConfigError(
+            f"{results / TUNING} has not all rates of {name} on {task.name}: run `tune` first."
+        )
+    return _best(_whole(found))
+
+
+def for_tuning(task: Task) -> Task:
+    """The task with `TUNING_ROWS` rows of validation, or as many as its cells leave."""
+    left = len(read_rows(task.train)) - TRUSTED - (task.samples or 0)
+    rows = min(TUNING_ROWS, left) if task.samples else task.validation_rows
+    return replace(task, validation_rows=max(rows, task.validation_rows))
