@@ -150,9 +150,10 @@ METHODS: dict[str, Method] = {
     "eva": eva,
 }
 RATE_OF = {
-    **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random", "lora_r4"), "lora"),
+    **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random"), "lora"),
     **dict.fromkeys(("small_loss", "infobatch", "tsqlora_quality_only"), "lora"),
-    **dict.fromkeys(("tsqlora_trusted", "tsqlora_r4", "tsqlora_06", "tsqlora_terms"), "tsqlora"),
+    **dict.fromkeys(("tsqlora_trusted", "tsqlora_terms"), "tsqlora"),
     **dict.fromkeys(("tsqlora_ranks_only", "tsqlora_start_only", "tsqlora_moving_only"), "tsqlora"),
 }
-"""Whose rate a method takes: plain LoRA on other rows its own, the default's kin the default's."""
+"""Whose rate a method takes: plain LoRA on other rows its own, the default's kin the default's; those
+of another rank or length have their own."""
