@@ -155,5 +155,4 @@ RATE_OF = {
     **dict.fromkeys(("tsqlora_trusted", "tsqlora_terms"), "tsqlora"),
     **dict.fromkeys(("tsqlora_ranks_only", "tsqlora_start_only", "tsqlora_moving_only"), "tsqlora"),
 }
-"""Whose rate a method takes: plain LoRA on other rows its own, the default's kin the default's; those
-of another rank or length have their own."""
+"""Whose rate a method takes: plain LoRA's, or the default's, where rank and length are the same."""
