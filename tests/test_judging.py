@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from reference import inclusion_one_by_one
 from test_online import trainer_of
-from tsqlora.credibility import drawable
-from tsqlora.judging import COMEBACK, LOWEST, Judge, Null, inclusion, window_ends
+from tsqlora.credibility import drawable, from_null, null_percentiles
+from tsqlora.judging import COMEBACK, LOWEST, Judge, LabelVerdicts, inclusion, window_ends
 from tsqlora.model_card import dropped_line
 from tsqlora.online_training import OnlineTrainer
 from tsqlora.selection import rounds, unscored
@@ -25,27 +25,25 @@ WRONG = 0.2
 EVERY = np.arange(500)
 
 
-def window(samples: int, wrong: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Null]:
+def window(samples: int, wrong: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Losses of sound samples near 0.2, of wrong ones as the null's near 3; which are wrong."""
     random = np.random.default_rng(seed)
     bad = np.arange(samples) < round(wrong * samples)
     loss = np.where(bad, random.normal(3, 0.5, samples), random.exponential(0.2, samples))
-    null = Null(random.normal(3, 0.5, 400), np.zeros(400, dtype=np.int32))
-    return loss, bad, null
+    return loss, bad, random.normal(3, 0.5, 400)
 
 
 def test_a_window_tells_wrong_targets_and_weighs_what_comes_after_by_them() -> None:
     judge = Judge(1000)
     loss, bad, null = window(500, WRONG)
-    group = np.zeros(500, dtype=np.int32)
-    assert (judge.weights(EVERY, loss, group) == 1).all(), "nothing is known before"
-    judge.close(np.arange(500), loss, group, null)
+    assert (judge.weights(EVERY, loss) == 1).all(), "nothing is known before"
+    judge.close(np.arange(500), loss, null)
     assert judge.wrong_share == pytest.approx(WRONG, abs=0.05)
     assert judge.verdict.startswith("about ")
     assert judge.credibility[:500][bad].mean() < 0.2 < 0.9 < judge.credibility[:500][~bad].mean()
     assert (judge.credibility[500:] == 1).all(), "those not visited yet"
     later, wrong, _ = window(300, WRONG, seed=1)
-    weights = judge.weights(EVERY[:300] + 500, later, group[:300])
+    weights = judge.weights(EVERY[:300] + 500, later)
     assert weights[wrong].mean() < 0.2 < 0.9 < weights[~wrong].mean()
     assert weights.min() >= LOWEST
 
@@ -53,21 +51,20 @@ def test_a_window_tells_wrong_targets_and_weighs_what_comes_after_by_them() -> N
 def test_clean_windows_leave_every_weight_at_exactly_one() -> None:
     judge = Judge(500)
     loss, _, null = window(500, 0.0)
-    judge.close(np.arange(500), loss, np.zeros(500, dtype=np.int32), null)
+    judge.close(np.arange(500), loss, null)
     assert (judge.credibility == 1).all()
-    assert (judge.weights(EVERY[:3], np.full(3, 9.0), np.zeros(3, dtype=np.int32)) == 1).all()
+    assert (judge.weights(EVERY[:3], np.full(3, 9.0)) == 1).all()
     assert judge.verdict == "no sign of wrong targets"
 
 
 def test_a_window_of_a_model_that_knows_nothing_changes_no_verdict() -> None:
     judge = Judge(500)
     loss, bad, null = window(500, WRONG)
-    group = np.zeros(500, dtype=np.int32)
-    judge.close(EVERY, loss, group, null)
+    judge.close(EVERY, loss, null)
     before = judge.credibility.copy()
-    judge.close(EVERY, np.random.default_rng(2).normal(3, 0.5, 500), group, null)
+    judge.close(EVERY, np.random.default_rng(2).normal(3, 0.5, 500), null)
     np.testing.assert_array_equal(judge.credibility, before)
-    weights = judge.weights(EVERY, np.where(bad, 3.0, 0.1), group)
+    weights = judge.weights(EVERY, np.where(bad, 3.0, 0.1))
     assert weights[bad].max() < 0.5, "the last curve goes on deciding, on those never doubted too"
     assert (weights[~bad] == 1).all()
 
@@ -75,56 +72,38 @@ def test_a_window_of_a_model_that_knows_nothing_changes_no_verdict() -> None:
 def test_where_nothing_looks_wrong_any_more_only_the_doubted_are_judged_by_the_last_curve() -> None:
     judge = Judge(1000)
     loss, _, null = window(500, WRONG)
-    group = np.zeros(500, dtype=np.int32)
-    judge.close(EVERY, loss, group, null)
+    judge.close(EVERY, loss, null)
     doubted = np.flatnonzero(judge.credibility < 0.5)[:6]
     mostly_sound = np.concatenate([doubted, 500 + np.arange(494)])
     later = np.where(np.arange(500) < 3, 3.0, 0.05)  # half of the doubted turn out sound
-    judge.close(mostly_sound, later, group, null)
+    judge.close(mostly_sound, later, null)
     assert (judge.credibility[doubted[:3]] < 0.5).all()
     assert (judge.credibility[doubted[3:]] > 0.9).all()
     assert (judge.credibility[500:994] == 1).all()
 
 
-def test_while_the_share_of_wrong_ones_falls_nobody_is_doubted() -> None:
-    """Hard samples look wrong until they are learnt; wrong ones look wrong for ever."""
-    group, judge = np.zeros(500, dtype=np.int32), Judge(2500, gentle=True)
-    shares = (0.5, 0.3, 0.15, 0.15, 0.05)
-    for i, (share, acted) in enumerate(zip(shares, (0, 0, 0, 1, 0), strict=True)):
-        loss, bad, null = window(500, share, seed=i)
-        judge.close(500 * i + EVERY, loss, group, null)
-        doubted = judge.acted < 0.5
-        assert doubted.any() == bool(acted), f"window {i}"
-        if acted:
-            assert doubted[500 * i :][:500][bad].mean() > 0.8
-            assert not doubted[: 500 * i].any()
-        else:
-            assert (judge.weights(EVERY, np.full(500, 3.0), group) == 1).all()
-        assert (judge.credibility[500 * i :][:500][bad] < 0.5).mean() > 0.8, "said all the same"
-
-
-@pytest.mark.parametrize(("share", "heeded"), [(0.016, False), (0.1, True)])
-def test_labels_of_which_next_to_none_look_wrong_are_trained_on_as_they_are(
-    share: float, heeded: bool
-) -> None:
-    judge, group = Judge(1000, gentle=True), np.zeros(500, dtype=np.int32)
-    for i in range(2):
-        loss, bad, null = window(500, share, seed=i)
-        judge.close(500 * i + EVERY, loss, group, null)
-    assert judge.credibility[500:][bad].mean() < 0.2, "said all the same"
-    assert (judge.heeded < 1).any() == heeded
-    assert (judge.weights(EVERY, np.full(500, 3.0), group) < 1).any() == heeded
+def test_labels_are_heeded_from_the_second_epoch_on_and_unknown_ones_stand() -> None:
+    """Hard samples look wrong until they are learnt; after one epoch none is left out."""
+    judge, (loss, bad, null) = LabelVerdicts(500), window(500, WRONG)
+    found = from_null(null_percentiles(loss, EVERY * 0, null, np.zeros(400, int)), len(null))
+    judge.close(EVERY, found)
+    assert (judge.heeded == 1).all()
+    judge.close(EVERY[250:], from_null(np.random.default_rng(0).random(250), np.inf))
+    np.testing.assert_array_equal(judge.heeded, found.values)
+    assert judge.heeded[bad].mean() < 0.2 < 0.9 < judge.heeded[~bad].mean()
+    assert not judge.acting, "no loss is weighed"
+    other = LabelVerdicts(500)
+    other.load(judge.state())
+    np.testing.assert_array_equal(other.heeded, judge.heeded)
+    assert other.verdict == judge.verdict
 
 
 def test_the_state_of_a_judge_comes_back_the_same() -> None:
     judge, other = Judge(500), Judge(500)
     loss, _, null = window(500, WRONG)
-    group = np.zeros(500, dtype=np.int32)
-    judge.close(np.arange(500), loss, group, null)
+    judge.close(np.arange(500), loss, null)
     other.load(judge.state())
-    np.testing.assert_array_equal(
-        other.weights(EVERY, loss, group), judge.weights(EVERY, loss, group)
-    )
+    np.testing.assert_array_equal(other.weights(EVERY, loss), judge.weights(EVERY, loss))
     np.testing.assert_array_equal(other.credibility, judge.credibility)
     assert other.verdict == judge.verdict
 
@@ -170,14 +149,14 @@ def test_windows_grow_with_the_training_to_a_sixth_of_the_pool() -> None:
 
 
 class Doubts(Judge):
-    """Says c of every sample by its label."""
+    """Says a weight of every sample by its label."""
 
-    def __init__(self, credit: dict[int, float]) -> None:
+    def __init__(self, credit: dict[int, float], labels: list[int]) -> None:
         super().__init__(10)
-        self.curve, self.settled, self.credit = np.ones(1), True, credit
+        self.curve, self.credit, self.labels = np.ones(1), credit, labels
 
-    def weights(self, positions: np.ndarray, loss: np.ndarray, group: np.ndarray) -> np.ndarray:
-        return np.array([self.credit.get(int(g), 1.0) for g in group])
+    def weights(self, positions: np.ndarray, loss: np.ndarray) -> np.ndarray:
+        return np.array([self.credit.get(self.labels[i], 1.0) for i in positions])
 
 
 @pytest.mark.parametrize("terms", [False, True])
@@ -185,11 +164,12 @@ def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
     terms: bool, tmp_path: Path
 ) -> None:
     """And the recorded norms are the samples' own ones all the same."""
+    labels = [int(row) for row in trainer_of("bert", tmp_path, False).train_dataset["labels"][:4]]
 
     def step(credit: dict[int, float]) -> tuple[OnlineTrainer, dict[str, torch.Tensor]]:
         trainer = trainer_of("bert", tmp_path, True, terms=terms, learning_rate=0.0)
         assert isinstance(trainer, OnlineTrainer)
-        trainer.scoring.judge = Doubts(credit)
+        trainer.scoring.judge = Doubts(credit, labels)
         trainer.model.train()
         rows: Any = Dataset.from_list([trainer.train_dataset[i] for i in range(4)])
         batch = trainer.data_collator(list(rows))
@@ -201,7 +181,6 @@ def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
         }
         return trainer, grads
 
-    labels = [int(row) for row in trainer_of("bert", tmp_path, False).train_dataset["labels"][:4]]
     one = labels[0]
     every, plain = step({})
     some, weighed = step({one: 0.25})

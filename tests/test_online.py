@@ -168,8 +168,7 @@ def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
     assert found.selected.sum() == 6
 
 
-def test_labels_are_judged_at_the_end_by_all_last_visits_together() -> None:
-    """Windows of a few visits said nothing; what the samples' last outputs say all the same."""
+def test_labels_are_judged_by_the_outputs_of_their_own_visits() -> None:
     random, count = np.random.default_rng(0), 600
     true, wrong = random.integers(0, 4, count), np.arange(count) < 120
     label = np.where(wrong, (true + random.integers(1, 4, count)) % 4, true)
@@ -189,8 +188,11 @@ def test_labels_are_judged_at_the_end_by_all_last_visits_together() -> None:
     visits.add(0, columns)
     visits.settle()
     scorer = OnlineScorer(Scorer(collate, quality), rows, CLASSIFICATION)
-    found = scorer.scores(visits, with_lora(tiny_model("bert"), "classification"))
-    assert not scorer.judge.judged.any()
+    model = with_lora(tiny_model("bert"), "classification")
+    assert not scorer.window_is_over(count - 1)
+    assert scorer.window_is_over(count)
+    scorer.close_window(visits, model)
+    found = scorer.scores(visits, model)
     assert found.wrong_share == pytest.approx(0.2, abs=0.04)
     assert found.verdict.startswith("about 2")
     assert found.credibility[wrong].mean() < 0.2 < 0.9 < found.credibility[~wrong].mean()

@@ -2,31 +2,33 @@
 
 Losses fall as a training goes on, so a sample's loss says whether its target is right only beside
 what wrong targets cost at that time. When a window of visits ends, its losses and its own null give
-u and c(u) (`credibility.py`): the verdict on the samples visited in it. Until the next one ends the
+c_i (`credibility.py`): the verdict on the samples visited in it.
+
+Of generation, whose wrong targets stand apart, windows are short, and until the next one ends the
 same c(u) decides on every sample in the loss itself,
 
     L = Σ w_i n_i ℓ_i / Σ n_i,    w_i = 1 if c(u_i) ≥ 0.7 else w₀
 
-(n_i the sample's labels or target tokens), so that a wrong target is not learnt even when it is
-first seen. w₀ is 0.001 for generation, whose wrong targets stand apart; 0.2 for classes and
-numbers, where hard samples look like wrong ones for long, and a model that never learns them grows
-surer of what it believes. There nothing is acted on, either, before the share of wrong ones has
-stopped falling from window to window, nor while fewer than one in fifty look wrong. Where a window
-says nothing, or nothing is wrong, w = 1 and the training is the plain one, bit for bit. Judged at
-every step instead, a model that knows nothing yet passes the guards of `credibility.py` by chance
-and collapses (all in benchmarks/LOG.md).
+(n_i the sample's target tokens, w₀ = 0.001), so that a wrong target is not learnt even when it is
+first seen. Where a window says nothing, or nothing is wrong, w = 1 and the training is the plain
+one, bit for bit.
+
+Hard classes and numbers look like wrong ones until they are learnt, and a model that never learns
+them grows surer of what it believes. There a window is a whole epoch, the first is not acted on,
+and a doubted sample is drawn less from then on, in one round of five at least; no loss is weighed.
+Judged at every step instead, a model that knows nothing yet passes the guards of `credibility.py`
+by chance and collapses (all in benchmarks/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from tsqlora.credibility import (
     CREDIBLE,
-    ENOUGH,
+    Credibility,
     Floats,
     Ints,
     drawable,
@@ -37,14 +39,10 @@ from tsqlora.credibility import (
 LEAST, PART = 320, 6
 """A window is at most a PART-th of the pool, at least so many visits (or the whole pool)."""
 LOWEST, LOWEST_OF_LABELS = 1e-3, 0.2
-"""w₀ of generation (not 0, so that a sample's own gradient can still be told), and of labels."""
+"""w₀ of generation (not 0, so that a sample's own gradient can still be told), and the least part
+of the rounds that a doubted label is in."""
 COMEBACK = 0.5
 """Of a doubted sample, the part of c_i with which it is in a round of the draw, at least w₀."""
-SETTLED = 0.75
-"""A share of wrong ones below this part of the window's before is falling."""
-FEW = 0.02
-"""Labels of which fewer look wrong are trained on as they are: what is doubted then is mostly hard,
-and of as much use as anything (benchmarks/LOG.md)."""
 GRID = 257
 """Points of u between which c(u) is interpolated."""
 
@@ -63,110 +61,25 @@ def window_ends(samples: int, visits: int, step: int) -> list[int]:
     return [end for end in ends[1:] if end <= visits]
 
 
-@dataclass(frozen=True)
-class Null:
-    """Losses of wrong targets (M) and the class that each names (M)."""
-
-    loss: Floats = field(default_factory=lambda: np.zeros(0))
-    group: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-
-
-class Judge:
+class Verdicts:
     """What is thought of N samples so far.
 
-    `gentle`, as for classes and numbers, w₀ is 0.2, and nothing is acted on before the share of
-    wrong ones has settled.
-
     Attributes:
-        lowest: w₀.
         credibility: c_i of the window that i was last visited in (N), 1 before.
         judged: which samples a window has judged (N).
-        acted: the c_i of windows in which the share of wrong ones had settled (N), 1 before.
-        curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
-        fresh: whether that was the last window of all.
-        settled: whether `curve` is gone by.
-        null: of the last window that was judged.
-        share: 1 - mean c of the samples that were not judged before in the last window that had
-            enough of them; NaN before.
+        lowest: the least part of the rounds that a doubted sample is in.
+        acting: whether any sample's loss may be weighed.
     """
 
-    def __init__(self, samples: int, gentle: bool = False) -> None:
-        self.gentle, self.lowest = gentle, LOWEST_OF_LABELS if gentle else LOWEST
+    lowest, acting = LOWEST_OF_LABELS, False
+
+    def __init__(self, samples: int) -> None:
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
-        self.acted = np.ones(samples)
-        self.curve, self.fresh, self.settled, self.null = np.zeros(0), False, False, Null()
-        self.share = np.nan
-
-    def weights(self, positions: Ints, loss: Floats, group: Ints) -> Floats:
-        """w_i (n) of a batch that is being trained on, by the last curve.
-
-        Where the last window that said something found nothing wrong, samples that were never
-        doubted have 1.
-        """
-        if not self.acting:
-            return np.ones(len(loss))
-        found = self._along(null_percentiles(loss, group, self.null.loss, self.null.group))
-        if not self.fresh:
-            found[self.acted[positions] == 1] = 1.0
-        return np.where(found >= CREDIBLE, 1.0, self.lowest)
-
-    @property
-    def acting(self) -> bool:
-        """Whether any weight may be other than 1."""
-        few = self.gentle and not self.wrong_share >= FEW
-        return self.settled and len(self.curve) > 0 and not few
 
     @property
     def heeded(self) -> Floats:
-        """The c_i that draws and weights go by (N)."""
-        return self.acted if self.acting else np.ones(len(self.acted))
-
-    def close(
-        self, positions: Ints, loss: Floats, group: Ints, null: Null, classes: int | None = None
-    ) -> None:
-        """Judge the samples of a window that has ended, at `positions` in the pool.
-
-        `group` and `classes` as `credibility.null_percentiles` and `from_null` take them. A window
-        that says nothing changes nothing. Gently, the first that does, and any in which the share
-        of wrong ones is still falling, is not acted on, nor is what was said before. One in which
-        nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those doubted
-        before by the curve that doubted them.
-        """
-        u = null_percentiles(loss, group, null.loss, null.group)
-        found = from_null(u, len(null.loss), classes)
-        if not found.known:
-            return
-        self.fresh = bool((found.values < 1).any())
-        new = found.values[~self.judged[positions]]
-        self.settled = not self.gentle or self._settles(new, len(null.loss))
-        if not self.settled:
-            self.acted[:], self.judged[:] = 1, False
-        self.null, self.judged[positions] = null, True
-        if self.fresh:
-            order = np.argsort(u, kind="stable")
-            falling = np.minimum.accumulate(found.values[order])
-            self.curve = np.interp(np.linspace(0, 1, GRID), u[order], falling)
-            self.credibility[positions] = found.values
-        elif len(self.curve):
-            doubted = self.credibility[positions] < 1
-            self.credibility[positions[doubted]] = self._along(u[doubted])
-        if self.settled:
-            self.acted[positions] = self.credibility[positions]
-
-    def _settles(self, found: Floats, null: int) -> bool:
-        """Whether the share of wrong ones does not fall any more, by the c of those not judged
-        before: what is wrong stays wrong, while what is hard is being learnt.
-
-        Chance is two deviations, of so many samples and of two nulls (each 1/√M of the share).
-        """
-        if len(found) < ENOUGH:
-            return self.settled
-        before, self.share = self.share, float(1 - found.mean())
-        chance = 2 * np.sqrt(before * (1 - before) / len(found) + 2 * before**2 / null)
-        return self.share >= min(SETTLED * before, before - chance)
-
-    def _along(self, u: Floats) -> Floats:
-        return np.interp(u, np.linspace(0, 1, GRID), self.curve)
+        """The c_i that draws go by (N)."""
+        return self.credibility
 
     @property
     def wrong_share(self) -> float:
@@ -185,25 +98,123 @@ class Judge:
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it as arrays."""
-        return {
-            "judge.credibility": self.credibility,
-            "judge.judged": self.judged,
-            "judge.curve": self.curve,
-            "judge.acted": self.acted,
-            "judge.flags": np.asarray([self.fresh, self.settled]),
-            "judge.share": np.asarray([self.share]),
-            "judge.null_loss": self.null.loss,
-            "judge.null_group": self.null.group,
-        }
+        return {"judge.credibility": self.credibility, "judge.judged": self.judged}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
-        self.credibility = state["judge.credibility"].copy()
-        self.judged = state["judge.judged"].copy()
-        self.acted, self.curve = state["judge.acted"].copy(), state["judge.curve"]
-        self.fresh, self.settled = map(bool, state["judge.flags"])
-        self.share = float(state["judge.share"][0])
-        self.null = Null(state["judge.null_loss"], state["judge.null_group"])
+        self.credibility, self.judged = (
+            state[f"judge.{name}"].copy() for name in ("credibility", "judged")
+        )
+
+
+class LabelVerdicts(Verdicts):
+    """Of classes and numbers, judged once an epoch.
+
+    Attributes:
+        windows: how many have been judged.
+    """
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.windows = 0
+
+    @property
+    def heeded(self) -> Floats:
+        """The c_i that draws go by (N): 1 after one window alone, as hard is not wrong."""
+        return self.credibility if self.windows > 1 else np.ones(len(self.credibility))
+
+    def close(self, positions: Ints, found: Credibility) -> None:
+        """Take the verdicts on a window's samples; where nothing is known those before stand."""
+        self.windows += 1
+        if found.known:
+            self.credibility[positions], self.judged[positions] = found.values, True
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays."""
+        return {**super().state(), "judge.windows": np.asarray([self.windows])}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put `state` back."""
+        super().load(state)
+        self.windows = int(state["judge.windows"][0])
+
+
+class Judge(Verdicts):
+    """Of generation, judged by windows that also weigh the losses of what comes after.
+
+    Attributes:
+        curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
+        fresh: whether that was the last window of all.
+        null: losses of wrong targets (M), of the last window that was judged.
+    """
+
+    lowest = LOWEST
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.curve: Floats = np.zeros(0)
+        self.null: Floats = np.zeros(0)
+        self.fresh = False
+
+    def weights(self, positions: Ints, loss: Floats) -> Floats:
+        """w_i (n) of a batch that is being trained on, by the last curve.
+
+        Where the last window that said something found nothing wrong, samples that were never
+        doubted have 1.
+        """
+        if not self.acting:
+            return np.ones(len(loss))
+        found = self._along(_percentiles(loss, self.null))
+        if not self.fresh:
+            found[self.credibility[positions] == 1] = 1.0
+        return np.where(found >= CREDIBLE, 1.0, self.lowest)
+
+    @property
+    def acting(self) -> bool:  # type: ignore[override]
+        """Whether any weight may be other than 1."""
+        return len(self.curve) > 0
+
+    def close(self, positions: Ints, loss: Floats, null: Floats) -> None:
+        """Judge the samples of a window that has ended, at `positions` in the pool.
+
+        A window that says nothing changes nothing. One in which nothing looks wrong, as when the
+        wrong ones are hardly drawn any more, judges those doubted before by the curve that doubted
+        them.
+        """
+        u = _percentiles(loss, null)
+        found = from_null(u, len(null))
+        if not found.known:
+            return
+        self.fresh = bool((found.values < 1).any())
+        self.null, self.judged[positions] = null, True
+        if self.fresh:
+            order = np.argsort(u, kind="stable")
+            falling = np.minimum.accumulate(found.values[order])
+            self.curve = np.interp(np.linspace(0, 1, GRID), u[order], falling)
+            self.credibility[positions] = found.values
+        elif len(self.curve):
+            doubted = self.credibility[positions] < 1
+            self.credibility[positions[doubted]] = self._along(u[doubted])
+
+    def _along(self, u: Floats) -> Floats:
+        return np.interp(u, np.linspace(0, 1, GRID), self.curve)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays."""
+        own = {"curve": self.curve, "fresh": np.asarray([self.fresh]), "null": self.null}
+        return {**super().state(), **{f"judge.{name}": values for name, values in own.items()}}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put `state` back."""
+        super().load(state)
+        self.curve, self.null = state["judge.curve"], state["judge.null"]
+        self.fresh = bool(state["judge.fresh"][0])
+
+
+def _percentiles(loss: Floats, null: Floats) -> Floats:
+    """u (n): all are of one group."""
+    own, others = (np.zeros(len(each), dtype=np.int32) for each in (loss, null))
+    return null_percentiles(loss, own, null, others)
 
 
 def inclusion(credibility: Floats, duplicates: Ints, lowest: float = LOWEST) -> Floats:

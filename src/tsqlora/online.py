@@ -1,15 +1,16 @@
 """Scores from the training itself: the last measurement of every sample, and what follows from it.
 
-In the first epoch all samples are drawn alike, near-duplicates as one. Windows of visits judge the
-targets (`judging.py`), and every next epoch is drawn by that: where no gradient term is asked for,
-each sample is in a round of the draw with probability q_i (`judging.inclusion`); else samples are
-drawn by p_i of `quality.py` times their share among duplicates.
+In the first epoch all samples are drawn alike, near-duplicates as one. Windows of visits, of labels
+whole epochs, judge the targets (`judging.py`), and every next epoch is drawn by that: where no
+gradient term is asked for, each sample is in a round of the draw with probability q_i
+(`judging.inclusion`); else samples are drawn by p_i of `quality.py` times their share among
+duplicates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
@@ -19,13 +20,19 @@ from tsqlora import processes
 from tsqlora.collected import FINITE
 from tsqlora.credibility import ENOUGH
 from tsqlora.duplicates import near_duplicates
-from tsqlora.judging import Judge, Null, inclusion, window_size
-from tsqlora.losses import CLASSIFICATION
+from tsqlora.judging import (
+    LEAST,
+    Judge,
+    LabelVerdicts,
+    Verdicts,
+    inclusion,
+    window_size,
+)
 from tsqlora.measuring import Columns
-from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
-from tsqlora.quality import Floats, QualityScores, quality_scores, tempered
+from tsqlora.null import FREE, NULL_SAMPLES, null_of_pairs
+from tsqlora.quality import Floats, QualityScores, credibility, quality_scores, tempered
 from tsqlora.scoring import Scorer
-from tsqlora.selection import drawn, unscored
+from tsqlora.selection import draw_size, drawn, unscored
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
@@ -33,8 +40,6 @@ NULL_SHARE = 20
 """In each window, one mismatched pair for so many visits shows what wrong targets cost."""
 NULL_WINDOWS = 2
 """Pairs of so many last windows make generation's null."""
-OTHERS = 4
-"""Wrong labels that each stored output meets, where the null takes no pass."""
 
 
 def null_pairs(window: int) -> int:
@@ -162,65 +167,66 @@ class OnlineScorer:
 
     def __init__(self, scorer: Scorer, rows: Dataset, kind: str) -> None:
         self.scorer, self.rows, self.kind = scorer, rows, kind
-        self.judge = Judge(len(rows), gentle=kind in FREE)
+        self.judge: Judge | LabelVerdicts = (
+            LabelVerdicts(len(rows)) if kind in FREE else Judge(len(rows))
+        )
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
-        self.spent, self._windows, self._ends = 0.0, 0, window_size(len(rows), 0)
-        self._pairs: list[Null] = []
+        self.spent, self._windows, self._ends = 0.0, 0, self._window(0)
+        self._pairs: list[np.ndarray] = []
+
+    def _window(self, visits: int) -> int:
+        """Visits in the window that begins after so many."""
+        samples = len(self.rows)
+        if self.kind in FREE:
+            return draw_size(samples, self.scorer.quality.fraction)
+        return window_size(samples, visits)
 
     def window_is_over(self, visits: int) -> bool:
         """Whether a window has ended after so many visits; the next one begins then."""
         if visits < self._ends:
             return False
-        self._ends = visits + window_size(len(self.rows), visits)
+        self._ends = visits + self._window(visits)
         return True
 
     def close_window(self, visits: Visits, model: nn.Module) -> None:
         """Judge what was visited since the last time, once it is enough; alike in all processes."""
-        taken = visits.take_window(ENOUGH)
+        least = min(LEAST, len(self.rows)) if self.kind in FREE else ENOUGH
+        taken = visits.take_window(least)
         if taken is None:
             return
         positions, window = taken
-        null = processes.from_main(lambda: self._null(window, model))
         self._windows += 1
-        if self.kind not in FREE:
-            self.spent += 0.5 * len(null.loss)
-            self._pairs = [*self._pairs, null][-NULL_WINDOWS:]
-            null = Null(
-                *(np.concatenate(each) for each in zip(*map(astuple, self._pairs), strict=True))
+        if isinstance(self.judge, LabelVerdicts):
+            rows = self.rows.select(positions)
+            found = processes.from_main(
+                lambda: credibility(self.scorer.measurements(window, model, rows, True))
             )
-        group, classes = np.zeros(len(positions), dtype=np.int32), None
-        if self.kind == CLASSIFICATION:
-            group, classes = window.column("label"), window.column("output").shape[1]
-        self.judge.close(positions, window.column("loss"), group, null, classes)
+            self.judge.close(positions, found)
+            return
+        pairs = processes.from_main(lambda: self._mismatched(len(positions), model))
+        self.spent += 0.5 * len(pairs)
+        self._pairs = [*self._pairs, pairs][-NULL_WINDOWS:]
+        self.judge.close(positions, window.column("loss"), np.concatenate(self._pairs))
 
-    def _null(self, window: Window, model: nn.Module) -> Null:
-        kind, seed = self.kind, self.scorer.seed + self._windows
-        if kind in FREE:
-            found = [null_of_outputs(window, kind, OTHERS * seed + k) for k in range(OTHERS)]
-            return Null(*(np.concatenate(each) for each in zip(*found, strict=True)))
-        most = null_pairs(len(window.column(POSITION)))
+    def _mismatched(self, visits: int, model: nn.Module) -> np.ndarray:
+        """Losses of mismatched pairs (M)."""
+        seed, most = self.scorer.seed + self._windows - 1, null_pairs(visits)
         how = self.scorer.collator, self.scorer.batch_size or 1, seed, most
         with self.scorer.autocast(model):
-            pairs = null_of_pairs(model, kind, self.rows, *how, dropout=True)
-        return Null(*pairs)
+            return null_of_pairs(model, self.kind, self.rows, *how, dropout=True)[0]
 
     def inclusion(self) -> np.ndarray:
         """q_i of the next epoch (N)."""
         return inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
 
     def scores(self, visits: Visits, model: nn.Module) -> QualityScores:
-        """The scores of all N samples; terms of those never visited are NaN.
-
-        Classes and numbers are judged once more, by the last visits of all together (each with the
-        null of its own visit, so that none is stale): of one large pool more can be said than of
-        windows. Where that says nothing, and of generation, the windows' verdicts stand.
-        """
+        """The scores of all N samples; terms of those never visited are NaN."""
         quality, seed, ids = self.scorer.quality, self.scorer.seed, np.asarray(self.rows["id"])
         seen = visits.seen
         if len(seen) == 0:
             return unscored(ids, quality.fraction, seed, "no sample was scored")
-        pool = self.scorer.measurements(visits, model, self.rows.select(seen), self.kind in FREE)
+        pool = self.scorer.measurements(visits, model, self.rows.select(seen), False)
         scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
         probability = self.inclusion()
         if self.scorer.wanted.terms:
@@ -233,11 +239,7 @@ class OnlineScorer:
 
     def state(self) -> Columns:
         """What a resumed training needs beside the visits."""
-        pairs = {
-            f"pairs.{i}.{name}": values
-            for i, null in enumerate(self._pairs)
-            for name, values in asdict(null).items()
-        }
+        pairs = {f"pairs.{i}": losses for i, losses in enumerate(self._pairs)}
         numbers = np.asarray([self.spent, self._windows, self._ends], dtype=np.float64)
         return {**self.judge.state(), **pairs, "scoring": numbers}
 
@@ -246,13 +248,13 @@ class OnlineScorer:
         self.judge.load(state)
         self.spent = float(state["scoring"][0])
         self._windows, self._ends = int(state["scoring"][1]), int(state["scoring"][2])
-        kept = sum(key.startswith("pairs.") for key in state) // len(fields(Null))
-        self._pairs = [
-            Null(state[f"pairs.{i}.loss"], state[f"pairs.{i}.group"]) for i in range(kept)
-        ]
+        kept = sum(key.startswith("pairs.") for key in state)
+        self._pairs = [state[f"pairs.{i}"] for i in range(kept)]
 
 
-def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judge) -> QualityScores:
+def _spread(
+    found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Verdicts
+) -> QualityScores:
     """The scores of those seen among all; the others have the highest quality."""
 
     def whole(values: Floats, fill: float) -> Floats:
@@ -268,8 +270,8 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judg
         result[seen] = found.prediction
         return result
 
-    missed, known = len(ids) - len(seen), not np.isnan(found.wrong_share)
-    verdict = (found.verdict if known else judge.verdict) + (
+    missed = len(ids) - len(seen)
+    verdict = judge.verdict + (
         f"; {missed:,} of {len(ids):,} samples were never drawn" * bool(missed)
     )
     return replace(
@@ -279,8 +281,8 @@ def _spread(found: QualityScores, seen: np.ndarray, ids: np.ndarray, judge: Judg
         gradient_norm=whole(found.gradient_norm, np.nan),
         loss_reduction=whole(found.loss_reduction, np.nan),
         convergence=whole(found.convergence, np.nan),
-        credibility=whole(found.credibility, 1.0) if known else judge.credibility,
-        wrong_share=found.wrong_share if known else judge.wrong_share,
+        credibility=judge.credibility,
+        wrong_share=judge.wrong_share,
         quality=whole(found.quality, found.quality.max()),
         prediction=predicted(),
         verdict=verdict,

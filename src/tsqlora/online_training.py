@@ -22,7 +22,8 @@ from tsqlora.artefacts import atomic_file
 from tsqlora.cost import scored_inside
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.global_batches import SPARE
-from tsqlora.losses import CLASSIFICATION, sample_losses, target_lengths
+from tsqlora.judging import Judge
+from tsqlora.losses import sample_losses, target_lengths
 from tsqlora.measuring import as_numpy
 from tsqlora.null import FREE
 from tsqlora.online import POSITION, OnlineScorer, Visits
@@ -166,7 +167,7 @@ class OnlineTrainer(PoolTrainer):
         if not spare:
             logits = outputs["logits"]
             losses = sample_losses(self.kind, logits.detach(), labels)
-            credit = self._credited(positions, logits, losses, labels)
+            credit = self._credited(positions, logits, losses)
             columns = self._columns(positions, labels, losses, logits.detach())
             self._batch = _Batch(columns, credit)
             if self.recorder:
@@ -175,15 +176,12 @@ class OnlineTrainer(PoolTrainer):
                 loss.register_hook(self._batch.scaled)
         return (loss, outputs) if return_outputs else loss
 
-    def _credited(
-        self, positions: Tensor, logits: Tensor, losses: Tensor, labels: Tensor
-    ) -> Tensor:
-        """c_i (n), by which each sample's gradient is multiplied on its way from the loss."""
+    def _credited(self, positions: Tensor, logits: Tensor, losses: Tensor) -> Tensor:
+        """w_i (n), by which each sample's gradient is multiplied on its way from the loss."""
         judge = self.scoring.judge
-        if not judge.acting:
+        if not isinstance(judge, Judge) or not judge.acting:
             return torch.ones_like(losses)
-        classes = labels if self.kind == CLASSIFICATION else torch.zeros_like(losses).long()
-        found = judge.weights(*map(as_numpy, (positions, losses, classes)))
+        found = judge.weights(*map(as_numpy, (positions, losses)))
         credit = torch.as_tensor(found, dtype=losses.dtype, device=losses.device)
         shape = (-1, *[1] * (logits.dim() - 1))
         logits.register_hook(lambda gradient: gradient * credit.view(shape).to(gradient.dtype))
@@ -219,6 +217,8 @@ def keep_scores(trainer: PoolTrainer, folder: RunFolder) -> None:
     if not isinstance(trainer, OnlineTrainer):
         return
     inside = trainer.seconds
+    if trainer.kind in FREE:
+        trainer.close_window()  # the part of an epoch since the last one
     scores = trainer.scores()
     if processes.is_main():
         with atomic_file(folder.scores) as file:
