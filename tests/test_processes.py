@@ -40,6 +40,7 @@ def test_two_processes_give_the_scores_and_the_plan_of_one(
         tmp_path, 80, **{"quality.reference": "validation", "output": str(tmp_path / "two")}
     )
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--main_process_port", "0"]  # any: other tests launch beside this one
     script = f"""{SMALL_PARTS}
 from tsqlora import processes
 write = scoring.Parts.write
