@@ -29,9 +29,9 @@ TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds",
 def tune(pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path) -> None:
     """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each."""
     for task, method in tqdm(list(pairs), desc="tuning", unit="method"):
-        while missing := untried(TASKS[task], tried(task, method, results)):
+        kind = for_tuning(TASKS[task])
+        while missing := untried(kind, tried(task, method, results)):
             for condition, seed, rate in tqdm(missing, desc=f"{method} on {task}", leave=False):
-                kind = for_tuning(TASKS[task])
                 line = measured(kind, condition, method, seed, rate, epochs)
                 kept = {name: line[name] for name in TRIAL}
                 with (results / TUNING).open("a", encoding="utf-8") as file:

@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 
 from reference import inclusion_one_by_one
 from test_online import trainer_of
-from tsqlora.credibility import drawable, from_null, null_percentiles
-from tsqlora.judging import COMEBACK, LOWEST, Judge, LabelVerdicts, inclusion, window_ends
+from tsqlora.credibility import Credibility, drawable, from_null, null_percentiles
+from tsqlora.judging import (
+    COMEBACK,
+    LOWEST,
+    LOWEST_OF_LABELS,
+    Judge,
+    LabelVerdicts,
+    inclusion,
+    window_ends,
+)
 from tsqlora.model_card import dropped_line
 from tsqlora.online_training import OnlineTrainer
 from tsqlora.selection import rounds, unscored
@@ -91,7 +99,6 @@ def test_labels_are_heeded_from_the_second_epoch_on_and_unknown_ones_stand() -> 
     judge.close(EVERY[250:], from_null(np.random.default_rng(0).random(250), np.inf))
     np.testing.assert_array_equal(judge.heeded, found.values)
     assert judge.heeded[bad].mean() < 0.2 < 0.9 < judge.heeded[~bad].mean()
-    assert not judge.acting, "no loss is weighed"
     other = LabelVerdicts(500)
     other.load(judge.state())
     np.testing.assert_array_equal(other.heeded, judge.heeded)
@@ -159,6 +166,37 @@ class Doubts(Judge):
         return np.array([self.credit.get(self.labels[i], 1.0) for i in positions])
 
 
+def stepped(
+    folder: Path, terms: bool, judge: Judge | LabelVerdicts
+) -> tuple[OnlineTrainer, dict[str, torch.Tensor]]:
+    """A trainer after a step on its first four rows, and the gradients."""
+    trainer = trainer_of("bert", folder, True, terms=terms, learning_rate=0.0)
+    assert isinstance(trainer, OnlineTrainer)
+    trainer.scoring.judge = judge
+    trainer.model.train()
+    rows: Any = Dataset.from_list([trainer.train_dataset[i] for i in range(4)])
+    batch = trainer.data_collator(list(rows))
+    trainer._targets = torch.tensor(4.0)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, batch, torch.tensor(4))
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return trainer, grads
+
+
+def test_a_doubted_label_is_drawn_less_and_its_loss_is_not_weighed(tmp_path: Path) -> None:
+    doubtful = LabelVerdicts(10)
+    for _ in range(2):
+        doubtful.close(np.arange(4), Credibility(np.zeros(4), 0.4, "about 40%"))
+    trainer, gradients = stepped(tmp_path, False, doubtful)
+    q = trainer.scoring.inclusion()
+    assert q[:4] == pytest.approx(LOWEST_OF_LABELS)
+    assert (q[4:] == 1).all()
+    _, plain = stepped(tmp_path, False, LabelVerdicts(10))
+    assert max(float(gradient.norm()) for gradient in plain.values()) > 0
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, plain[name]), name
+
+
 @pytest.mark.parametrize("terms", [False, True])
 def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
     terms: bool, tmp_path: Path
@@ -167,19 +205,7 @@ def test_gradients_are_those_of_the_loss_with_every_sample_weighed(
     labels = [int(row) for row in trainer_of("bert", tmp_path, False).train_dataset["labels"][:4]]
 
     def step(credit: dict[int, float]) -> tuple[OnlineTrainer, dict[str, torch.Tensor]]:
-        trainer = trainer_of("bert", tmp_path, True, terms=terms, learning_rate=0.0)
-        assert isinstance(trainer, OnlineTrainer)
-        trainer.scoring.judge = Doubts(credit, labels)
-        trainer.model.train()
-        rows: Any = Dataset.from_list([trainer.train_dataset[i] for i in range(4)])
-        batch = trainer.data_collator(list(rows))
-        trainer._targets = torch.tensor(4.0)
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.training_step(trainer.model, batch, torch.tensor(4))
-        grads = {
-            n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
-        }
-        return trainer, grads
+        return stepped(tmp_path, terms, Doubts(credit, labels))
 
     one = labels[0]
     every, plain = step({})

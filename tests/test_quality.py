@@ -162,9 +162,8 @@ def test_a_model_that_knows_nothing_judges_nothing() -> None:
     ignorant = from_null(random.random(2000), np.inf)
     assert not ignorant.known
     assert (ignorant.values == 1).all()
-    unsure = from_null(
-        random.beta(1.0, 1.6, 2000), np.inf
-    )  # hard but sound reach into the null's range
+    reaching = random.beta(1.0, 1.6, 2000)  # hard but sound, into the null's range
+    unsure = from_null(reaching, np.inf)
     assert not unsure.known
     assert "not judged" in unsure.verdict
 

@@ -89,11 +89,11 @@ def null_percentiles(loss: Floats, group: Ints, null_loss: Floats, null_group: I
     nulls = {k: _sorted(kept(null_loss, of)) for k, of in own.items() if of.sum() >= ENOUGH}
     whole, result = _sorted(null_loss), column(len(loss))
     for rows in blocks_of(len(loss)):
-        found = _percentile(loss[rows], whole)
+        found = percentiles(loss[rows], whole)
         for value in np.unique(group[rows]):
             if value in nulls:
                 of_it = group[rows] == value
-                found[of_it] = _percentile(loss[rows][of_it], nulls[value])
+                found[of_it] = percentiles(loss[rows][of_it], nulls[value])
         result[rows] = found
     release()
     return result
@@ -105,7 +105,8 @@ def _sorted(values: Floats) -> Floats:
     return made
 
 
-def _percentile(loss: Floats, null: Floats) -> Floats:
+def percentiles(loss: Floats, null: Floats) -> Floats:
+    """u_i (N) beside one null, which is in order: the share below each loss, ties counted half."""
     below, upto = np.searchsorted(null, loss, "left"), np.searchsorted(null, loss, "right")
     return (below + upto) / (2 * max(len(null), 1))
 

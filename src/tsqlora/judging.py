@@ -33,7 +33,7 @@ from tsqlora.credibility import (
     Ints,
     drawable,
     from_null,
-    null_percentiles,
+    percentiles,
 )
 
 LEAST, PART = 320, 6
@@ -67,14 +67,15 @@ class Verdicts:
     Attributes:
         credibility: c_i of the window that i was last visited in (N), 1 before.
         judged: which samples a window has judged (N).
+        windows: how many have ended.
         lowest: the least part of the rounds that a doubted sample is in.
-        acting: whether any sample's loss may be weighed.
     """
 
-    lowest, acting = LOWEST_OF_LABELS, False
+    lowest = LOWEST_OF_LABELS
 
     def __init__(self, samples: int) -> None:
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
+        self.windows = 0
 
     @property
     def heeded(self) -> Floats:
@@ -98,25 +99,22 @@ class Verdicts:
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it as arrays."""
-        return {"judge.credibility": self.credibility, "judge.judged": self.judged}
+        return {
+            "judge.credibility": self.credibility,
+            "judge.judged": self.judged,
+            "judge.windows": np.asarray([self.windows]),
+        }
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         self.credibility, self.judged = (
             state[f"judge.{name}"].copy() for name in ("credibility", "judged")
         )
+        self.windows = int(state["judge.windows"][0])
 
 
 class LabelVerdicts(Verdicts):
-    """Of classes and numbers, judged once an epoch.
-
-    Attributes:
-        windows: how many have been judged.
-    """
-
-    def __init__(self, samples: int) -> None:
-        super().__init__(samples)
-        self.windows = 0
+    """Of classes and numbers, judged once an epoch."""
 
     @property
     def heeded(self) -> Floats:
@@ -129,15 +127,6 @@ class LabelVerdicts(Verdicts):
         if found.known:
             self.credibility[positions], self.judged[positions] = found.values, True
 
-    def state(self) -> dict[str, np.ndarray]:
-        """All of it as arrays."""
-        return {**super().state(), "judge.windows": np.asarray([self.windows])}
-
-    def load(self, state: Mapping[str, np.ndarray]) -> None:
-        """Put `state` back."""
-        super().load(state)
-        self.windows = int(state["judge.windows"][0])
-
 
 class Judge(Verdicts):
     """Of generation, judged by windows that also weigh the losses of what comes after.
@@ -145,7 +134,7 @@ class Judge(Verdicts):
     Attributes:
         curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
         fresh: whether that was the last window of all.
-        null: losses of wrong targets (M), of the last window that was judged.
+        null: losses of wrong targets (M), in order, of the last window that was judged.
     """
 
     lowest = LOWEST
@@ -164,13 +153,13 @@ class Judge(Verdicts):
         """
         if not self.acting:
             return np.ones(len(loss))
-        found = self._along(_percentiles(loss, self.null))
+        found = self._along(percentiles(loss, self.null))
         if not self.fresh:
             found[self.credibility[positions] == 1] = 1.0
         return np.where(found >= CREDIBLE, 1.0, self.lowest)
 
     @property
-    def acting(self) -> bool:  # type: ignore[override]
+    def acting(self) -> bool:
         """Whether any weight may be other than 1."""
         return len(self.curve) > 0
 
@@ -181,7 +170,9 @@ class Judge(Verdicts):
         wrong ones are hardly drawn any more, judges those doubted before by the curve that doubted
         them.
         """
-        u = _percentiles(loss, null)
+        self.windows += 1
+        null = np.sort(null)
+        u = percentiles(loss, null)
         found = from_null(u, len(null))
         if not found.known:
             return
@@ -209,12 +200,6 @@ class Judge(Verdicts):
         super().load(state)
         self.curve, self.null = state["judge.curve"], state["judge.null"]
         self.fresh = bool(state["judge.fresh"][0])
-
-
-def _percentiles(loss: Floats, null: Floats) -> Floats:
-    """u (n): all are of one group."""
-    own, others = (np.zeros(len(each), dtype=np.int32) for each in (loss, null))
-    return null_percentiles(loss, own, null, others)
 
 
 def inclusion(credibility: Floats, duplicates: Ints, lowest: float = LOWEST) -> Floats:

@@ -172,7 +172,7 @@ class OnlineScorer:
         )
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
-        self.spent, self._windows, self._ends = 0.0, 0, self._window(0)
+        self.spent, self._ends = 0.0, self._window(0)
         self._pairs: list[np.ndarray] = []
 
     def _window(self, visits: int) -> int:
@@ -196,7 +196,6 @@ class OnlineScorer:
         if taken is None:
             return
         positions, window = taken
-        self._windows += 1
         if isinstance(self.judge, LabelVerdicts):
             rows = self.rows.select(positions)
             found = processes.from_main(
@@ -211,7 +210,7 @@ class OnlineScorer:
 
     def _mismatched(self, visits: int, model: nn.Module) -> np.ndarray:
         """Losses of mismatched pairs (M)."""
-        seed, most = self.scorer.seed + self._windows - 1, null_pairs(visits)
+        seed, most = self.scorer.seed + self.judge.windows, null_pairs(visits)
         how = self.scorer.collator, self.scorer.batch_size or 1, seed, most
         with self.scorer.autocast(model):
             return null_of_pairs(model, self.kind, self.rows, *how, dropout=True)[0]
@@ -240,14 +239,13 @@ class OnlineScorer:
     def state(self) -> Columns:
         """What a resumed training needs beside the visits."""
         pairs = {f"pairs.{i}": losses for i, losses in enumerate(self._pairs)}
-        numbers = np.asarray([self.spent, self._windows, self._ends], dtype=np.float64)
+        numbers = np.asarray([self.spent, self._ends], dtype=np.float64)
         return {**self.judge.state(), **pairs, "scoring": numbers}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         self.judge.load(state)
-        self.spent = float(state["scoring"][0])
-        self._windows, self._ends = int(state["scoring"][1]), int(state["scoring"][2])
+        self.spent, self._ends = float(state["scoring"][0]), int(state["scoring"][1])
         kept = sum(key.startswith("pairs.") for key in state)
         self._pairs = [state[f"pairs.{i}"] for i in range(kept)]
 

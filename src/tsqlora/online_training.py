@@ -218,7 +218,7 @@ def keep_scores(trainer: PoolTrainer, folder: RunFolder) -> None:
         return
     inside = trainer.seconds
     if trainer.kind in FREE:
-        trainer.close_window()  # the part of an epoch since the last one
+        trainer.close_window()  # the part of an epoch since the last one: at no pass
     scores = trainer.scores()
     if processes.is_main():
         with atomic_file(folder.scores) as file:

@@ -103,14 +103,15 @@ def _alike(shingles: Shingles, left: np.ndarray, right: np.ndarray) -> np.ndarra
     places = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
     shared = there[places] == wanted
     weights, count = shingles.weights(hashes), len(left)
-    both = np.stack([_sums(owner[shared], w, count) for w in (None, weights[shared])])
-    one = np.stack([_sums(owner, w, count) for w in (None, weights)])
-    two = np.stack([_sums(other, w, count) for w in (None, shingles.weights(others))])
+    both, one, two = (
+        np.stack([np.bincount(whose, each, count) for each in (None, weight)])
+        for whose, weight in (
+            (owner[shared], weights[shared]),
+            (owner, weights),
+            (other, shingles.weights(others)),
+        )
+    )
     return (both / (one + two - both)).min(axis=0)
-
-
-def _sums(owner: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
-    return np.bincount(owner, weights, count)
 
 
 def pieces(starts: np.ndarray) -> Iterator[slice]:
