@@ -24,17 +24,16 @@ from tsqlora.seeing import Seen
 EPOCHS, MOST_EPOCHS, LEAST_STEPS = 3, 6, 100
 """Of the adaptation before rows are judged: after more epochs a wrong label is known by heart, and
 after fewer steps than these nothing is known; a small pool is passed up to six times for them."""
-MOST_STEPS = 6400
-"""Steps after which a large pool's adaptation ends, though never before one epoch."""
+LARGE, LARGE_EPOCHS, MOST_STEPS = 20_000, 4, 8500
+"""Of so many rows fewer are known by heart, so one epoch more; and the steps after which a large
+pool's adaptation ends, though never before one epoch (benchmarks/LOG.md)."""
 BATCH, RATE, LAST_RATE = 32, 1e-3, 0.1
 """Samples a step, the learning rate, and the share of it that is left at the end."""
 
 
 def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> RunConfig:
     """A configuration that judges the targets: long adaptation, losses alone, no gradient term."""
-    epoch = math.ceil(seen.rows / BATCH)
-    steps = max(EPOCHS * epoch, min(LEAST_STEPS, MOST_EPOCHS * epoch))
-    steps = min(steps, max(MOST_STEPS, epoch))
+    steps = adaptation_steps(seen.rows)
     mapping: dict[str, Any] = {
         "model": seen.model,
         "task": seen.chosen.task,
@@ -55,6 +54,14 @@ def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> Ru
     for each in overrides:
         override(mapping, each)
     return RunConfig.from_dict(mapping)
+
+
+def adaptation_steps(rows: int) -> int:
+    """How long a model is adapted to a pool of so many rows before it judges them."""
+    epoch = math.ceil(rows / BATCH)
+    epochs = LARGE_EPOCHS if rows >= LARGE else EPOCHS
+    steps = max(epochs * epoch, min(LEAST_STEPS, MOST_EPOCHS * epoch))
+    return min(steps, max(MOST_STEPS, epoch))
 
 
 def score_upfront(run: Run) -> QualityScores:
