@@ -19,6 +19,10 @@ wrong whatever the text, s(a) = (1 - π) · P(prediction right | a), which level
 
     c = P(right | disagrees, a) = (1 - π - s(a)) / (1 - s(a)),        c = 1 where they agree.
 
+The null knows of some of that π already, and to doubt a sample twice for the same reason would lose
+two or three times as many sound ones as asked for. So here π is what the null leaves unexplained,
+and the product of both c is the probability that a label is wrong in neither way.
+
 (The idea of confident learning, Northcutt et al. 2021, arXiv 1911.00068, as a false discovery
 rate.)
 """
@@ -147,13 +151,16 @@ def _is_steep(u: Floats, null: float) -> bool:
     return third > STEEPEST * last + by_samples + by_null and third > 0.1
 
 
-def from_agreement(confidence: Floats, agrees: NDArray[np.bool_], classes: int) -> Floats:
+def from_agreement(
+    confidence: Floats, agrees: NDArray[np.bool_], classes: int, explained: float = 0.0
+) -> Floats:
     """c_i (N) of class labels by the model's own predictions; all 1 where they are no guide.
 
     `confidence` is the log-odds of the model's first class against its second, whatever the label,
-    `agrees` whether the label is the first. s(a) is fitted increasing; 1 - π̂ is its level over the
-    surest quarter. No guide: too few samples, a model not sure of that quarter (`SURE`), a level
-    over 98 % (nothing is wrong) or below ½ + 0.3/C (guessing could look like that).
+    `agrees` whether the label is the first. s(a) is fitted increasing; of what its level over the
+    surest quarter lacks to 1, π̂ is what is not `explained`, the share that the null calls wrong.
+    No guide: too few samples, a model not sure of that quarter (`SURE`), a level over 98 % (nothing
+    is wrong) or below ½ + 0.3/C (guessing could look like that).
     """
     if len(agrees) < ENOUGH:
         return column(len(agrees), fill=1)
@@ -161,6 +168,7 @@ def from_agreement(confidence: Floats, agrees: NDArray[np.bool_], classes: int) 
     level = float(agrees[confidence >= surest].mean())
     if surest < SURE or not 0.5 + 0.3 / classes <= level <= 0.98:
         return column(len(agrees), fill=1)
+    share_left = max(0.0, 1 - level - explained)
     increasing = IsotonicRegression(increasing=True, out_of_bounds="clip")
     if len(agrees) <= FITTED:
         increasing.fit(confidence, agrees.astype(float))
@@ -169,8 +177,8 @@ def from_agreement(confidence: Floats, agrees: NDArray[np.bool_], classes: int) 
         increasing.fit(confidence[few], agrees[few].astype(float))
     result = column(len(agrees))
     for rows in blocks_of(len(agrees)):
-        share = increasing.predict(confidence[rows])
-        doubted = np.clip((level - share) / np.maximum(1 - share, 1e-12), 0, 1)
+        disagree = np.maximum(1 - increasing.predict(confidence[rows]), 1e-12)
+        doubted = np.clip(1 - share_left / disagree, 0, 1)
         result[rows] = np.where(agrees[rows], 1.0, doubted)
     return result
 

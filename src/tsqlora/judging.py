@@ -15,7 +15,7 @@ one, bit for bit.
 
 Hard classes and numbers look like wrong ones until they are learnt, and a model that never learns
 them grows surer of what it believes. There a window is a whole epoch, the first is not acted on,
-and a doubted sample is drawn less from then on, in one round of five at least; no loss is weighed.
+and a doubted sample is drawn less from then on, in one round of twenty at least; no loss is weighed.
 Judged at every step instead, a model that knows nothing yet passes the guards of `credibility.py`
 by chance and collapses (all in benchmarks/LOG.md).
 """
@@ -38,7 +38,7 @@ from tsqlora.credibility import (
 
 LEAST, PART = 320, 6
 """A window is at most a PART-th of the pool, at least so many visits (or the whole pool)."""
-LOWEST, LOWEST_OF_LABELS = 1e-3, 0.2
+LOWEST, LOWEST_OF_LABELS = 1e-3, 0.05
 """w₀ of generation (not 0, so that a sample's own gradient can still be told), and the least part
 of the rounds that a doubted label is in."""
 COMEBACK = 0.5

@@ -223,12 +223,14 @@ def default_terms(pool: Measurements, convergence: Floats) -> Iterator[Floats]:
 def credibility(pool: Measurements, reference: Measurements | None = None) -> Credibility:
     """c_i by the permutation null, or by the reference where there is one (`credibility.py`).
 
-    Class labels are judged by the model's predictions too, and the two multiplied.
+    Class labels are judged by the model's predictions too, for what the null leaves unexplained,
+    and the two multiplied.
     """
     found = _by_loss(pool, reference)
     if len(pool.agrees) == 0:
         return found
-    values = from_agreement(pool.confidence, pool.agrees, pool.classes or 2)
+    explained = float(np.nan_to_num(found.wrong_share))
+    values = from_agreement(pool.confidence, pool.agrees, pool.classes or 2, explained)
     values *= found.values
     doubtful = int((~drawable(values)).sum())
     if doubtful <= (~drawable(found.values)).sum():
