@@ -48,8 +48,10 @@ ENOUGH = 40
 """Below so many samples (or null losses of a group) nothing is said."""
 SIGNIFICANT = 6.6
 """2 Δ log-likelihood that chance exceeds once in a hundred."""
-RECOGNISED = 0.8
-"""Where less of the sound samples than this has c of at least `CREDIBLE`, nothing is judged."""
+RECOGNISED, RECOGNISED_LABELS = 0.8, 0.75
+"""Where less of the sound samples than this has c of at least `CREDIBLE`, nothing is judged; of
+labels, two in five of them wrong, it is 0.78 to 0.88 once the task is known, and before 0.71 at
+most (benchmarks/LOG.md)."""
 CREDIBLE = 0.7
 """A wrong target costs more than a sound one brings, so a sample must be this credible to be drawn
 (benchmarks/LOG.md), unless that would leave out more than `LOSABLE` of the sound ones."""
@@ -134,7 +136,8 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
     if density < max(0.02, 3 / len(u)):
         return Credibility(column(len(u), fill=1), share, "no sign of wrong targets")
     values = _by_bin(u, np.clip(1 - density / _decreasing_density(u), 0, 1))
-    if values.sum(where=values >= CREDIBLE) < RECOGNISED * values.sum():
+    recognised = RECOGNISED if classes is None else RECOGNISED_LABELS
+    if values.sum(where=values >= CREDIBLE) < recognised * values.sum():
         return _unknown(u, "sound samples cannot be told from wrong ones yet")
     return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
 
