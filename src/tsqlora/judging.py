@@ -15,9 +15,9 @@ one, bit for bit.
 
 Hard classes and numbers look like wrong ones until they are learnt, and a model that never learns
 them grows surer of what it believes. There a window is a whole epoch, the first is not acted on,
-and a doubted sample is drawn less from then on, in one round of twenty at least; no loss is weighed.
-Judged at every step instead, a model that knows nothing yet passes the guards of `credibility.py`
-by chance and collapses (all in benchmarks/LOG.md).
+and a doubted sample is drawn less from then on, in one round of twenty at least; no loss is
+weighed. Judged at every step instead, a model that knows nothing yet passes the guards of
+`credibility.py` by chance and collapses (all in benchmarks/LOG.md).
 """
 
 from __future__ import annotations
