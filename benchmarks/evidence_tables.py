@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from evidence_claims import claims
-from evidence_data import CORE
+from evidence_data import CONDITIONS, CORE, TASKS
+from evidence_methods import METHODS
 from evidence_stats import (
     Cells,
     Line,
@@ -115,7 +116,7 @@ def tables(cells: Cells) -> str:
 
 def write_tables(lines: Sequence[Line], folder: Path) -> str:
     """evidence.md and plots in `folder`; returns the Markdown."""
-    cells = Cells(lines)
+    cells = Cells(in_order(lines))
     text = tables(cells)
     (folder / "evidence.md").write_text(text, encoding="utf-8")
     for readme, shown in ((folder.parent / "README.md", text), (ROOT / "README.md", _short(cells))):
@@ -123,6 +124,17 @@ def write_tables(lines: Sequence[Line], folder: Path) -> str:
             _show(readme, shown)
     plot(cells, folder)
     return text
+
+
+def in_order(lines: Sequence[Line]) -> list[Line]:
+    """By task, condition and method as they are defined, in whatever order the cells were run."""
+    places = [{name: i for i, name in enumerate(known)} for known in (TASKS, CONDITIONS, METHODS)]
+
+    def place(line: Line) -> list[int]:
+        names = (line["task"], line["condition"], line["method"])
+        return [known.get(name, len(known)) for known, name in zip(places, names, strict=True)]
+
+    return sorted(lines, key=place)
 
 
 def _short(cells: Cells) -> str:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from evidence_claims import claims
 from evidence_data import CONDITIONS, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
-from evidence_tables import tables
+from evidence_tables import in_order, tables
 from evidence_tuning import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
 
 from tsqlora.errors import ConfigError
@@ -190,3 +190,13 @@ def test_tables_show_every_task_and_method_with_its_seeds() -> None:
     assert "`lora` | 51.0 ± 12.7 (2)" in text
     assert "`tsqlora` | 59.0 ± 12.7 (2)" in text
     assert "| `tsqlora` | 8.0 [8.0, 8.0] (1) |" in text
+
+
+def test_methods_are_shown_in_the_order_of_their_definition_however_they_were_run() -> None:
+    lines = [*five("adalora", [50.0]), *five("tsqlora", [58.0]), *five("lora", [50.0])]
+    assert [x["method"] for x in in_order(lines)] == ["lora", "tsqlora", "adalora"]
+    lines = [line("lora", 0, 50.0, task=task) for task in ("mine", "sst2", "g2p")]
+    assert [x["task"] for x in in_order(lines)] == [
+        *sorted(("sst2", "g2p"), key=list(TASKS).index),
+        "mine",
+    ]
