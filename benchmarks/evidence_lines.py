@@ -54,7 +54,7 @@ def measured(
             "epochs": cell.epochs,
             "samples": len(data.train),
             "batch": kind.batch,
-            "digest": digest({**config, "output": None, "data": None, "model": None}),
+            "digest": digest({**config, "output": None, "data": None, "model": None})[:16],
         },
         "versions": versions(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%S"),
