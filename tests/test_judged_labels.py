@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,16 +19,17 @@ CLASSES = 6
 
 
 def judged(
-    samples: int, share: float, systematic: bool, seed: int
+    samples: int, share: float, systematic: bool, seed: int, near: float = 0.0
 ) -> tuple[Measurements, np.ndarray]:
     """A pool whose model knows the task fairly well, and which of its labels are wrong.
 
-    Wrong labels are any other class, or always the next one.
+    Wrong labels are any other class, or always the next one, whose logit is raised by `near`.
     """
     random = np.random.default_rng(seed)
     true = random.integers(0, CLASSES, samples)
     logits = random.normal(size=(samples, CLASSES))
     logits[np.arange(samples), true] += random.gamma(4.0, 1.0, samples)
+    logits[np.arange(samples), (true + 1) % CLASSES] += near
     wrong = random.random(samples) < share
     away = np.ones(samples, int) if systematic else random.integers(1, CLASSES, samples)
     label = np.where(wrong, (true + away) % CLASSES, true)
@@ -65,6 +68,22 @@ def test_of_the_sound_labels_about_a_twentieth_is_lost_however_the_others_are_wr
         found.append(left_out[wrong].mean())
     assert np.mean(lost) < 0.06
     assert np.mean(found) > 0.8
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_labels_taken_for_a_class_that_the_model_leans_to_are_found_by_what_it_contradicts(
+    share: float,
+) -> None:
+    lost, found, by_null = [], [], []
+    for seed in range(5):
+        pool, wrong = judged(3000, share, True, seed, near=2.0)
+        alone = replace(pool, agrees=np.zeros(0, dtype=bool), confidence=np.zeros(0))
+        left_out = ~drawable(credibility(pool).values)
+        lost.append(left_out[~wrong].mean())
+        found.append(left_out[wrong].mean())
+        by_null.append((~drawable(credibility(alone).values))[wrong].mean())
+    assert np.mean(lost) < 0.06
+    assert np.mean(found) > 1.3 * np.mean(by_null)
 
 
 @given(st.integers(0, 2**31), st.floats(0.03, 0.3), st.floats(0, 0.5))
