@@ -3,6 +3,7 @@
 Run: .venv/bin/pip install -c constraints.txt -e '.[demo,bench]'
      .venv/bin/python benchmarks/evidence.py tune              # rates, judged on validation
      .venv/bin/python benchmarks/evidence.py run               # the core grid, cell by cell
+     .venv/bin/python benchmarks/evidence.py run --processes 14   # as many cells at once, on a GPU
      .venv/bin/python benchmarks/evidence.py run --tasks cola --conditions clean --seeds 3
      .venv/bin/python benchmarks/evidence.py tune --more mine.json --tasks mine   # then run
      .venv/bin/python benchmarks/evidence.py tables            # Markdown, and plots
@@ -16,31 +17,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
-import transformers
 from evidence_data import CORE, CORE_CONDITIONS, TASKS, more_tasks
-from evidence_lines import CELLS, RESULTS, Key, key, measured, read_cells
+from evidence_lines import CELLS, RESULTS, Key, key, read_cells
 from evidence_methods import METHODS, RATE_OF
+from evidence_pool import Job, measured_all
 from evidence_tuning import read_rate, tune
 from tqdm import tqdm
 
 
-def run(keys: Iterable[Key], epochs: float | None, results: Path) -> None:
-    """Each cell that is not there yet, in turn; others may run beside on other shares.
+def run(keys: Iterable[Key], epochs: float | None, results: Path, processes: int) -> None:
+    """Each cell that is not there yet; others may run beside on other shares.
 
     Seconds are compared with plain LoRA's where both were taken here: machines differ by the day.
+
+    Raises:
+        ConfigError: a rate is not tuned yet.
     """
+    there = set(map(key, read_cells(results)))
+    jobs = [
+        Job(TASKS[task], condition, method, seed, read_rate(TASKS[task], method, results), epochs)
+        for task, condition, method, seed in keys
+        if (task, condition, method, seed) not in there
+    ]
     seconds = dict[Key, float]()
-    for task, condition, method, seed in tqdm(list(keys), desc="cells", unit="cell"):
-        if (task, condition, method, seed) in set(map(key, read_cells(results))):
-            continue
-        rate = read_rate(TASKS[task], method, results)
-        line = measured(TASKS[task], condition, method, seed, rate, epochs)
-        seconds[key(line)] = line["seconds"]
+    for job, line in measured_all(jobs, processes, "cells"):
+        task, condition, method, seed = job.key
+        seconds[job.key] = line["seconds"]
         plain = seconds.get((task, condition, "lora", seed))
         line["seconds_ratio"] = round(line["seconds"] / plain, 3) if plain else None
         with (results / CELLS).open("a", encoding="utf-8") as file:
@@ -70,10 +76,9 @@ def main() -> None:
         default=(1, 1),
         help="1/2 and 2/2: half of the cells in a process each",
     )
+    parser.add_argument("--processes", type=int, default=1, help="cells at once")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where all of it is kept")
     given = parser.parse_args()
-    logging.getLogger("tsqlora").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
     if given.more:
         TASKS.update(more_tasks(given.more))
     if unknown := set(given.tasks) - set(TASKS):
@@ -83,7 +88,7 @@ def main() -> None:
     if given.what == "tune":
         own = [method for method in given.methods if method not in RATE_OF]
         pairs = list(product(given.tasks, own))
-        tune(pairs[first - 1 :: of], given.epochs, given.results)
+        tune(pairs[first - 1 :: of], given.epochs, given.results, given.processes)
     elif given.what == "run":
         order: list[Key] = [
             (task, condition, method, seed)
@@ -93,7 +98,7 @@ def main() -> None:
             for method in given.methods
             if condition != "clean" or not method.startswith("oracle")  # there it is plain LoRA
         ]
-        run(order[first - 1 :: of], given.epochs, given.results)
+        run(order[first - 1 :: of], given.epochs, given.results, given.processes)
     else:
         from evidence_tables import write_tables
 

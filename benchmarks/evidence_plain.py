@@ -54,12 +54,12 @@ class Plain:
         started = time.perf_counter()
         config = self.cell.config(ranks={"mean_rank": self.rank})
         inputs = Inputs(config)
-        steps = max(1, self.cell.steps - math.ceil(self.extra_passes / self.cell.task.batch))
         pool = inputs.splits.train
         rows = self.rows(pool) if self.rows else pool
         rows = rows.add_column("position", list(range(len(rows))))
         set_seed(config.seed)
-        model = (self.adapter or uniform)(inputs, self.rank)
+        model = (self.adapter or uniform)(inputs, self.rank)  # which may count extra passes
+        steps = max(1, self.cell.steps - math.ceil(self.extra_passes / self.cell.task.batch))
         settings = {**config.training, "max_steps": steps}
         trainer = IndexedTrainer(
             model=model,
@@ -94,12 +94,12 @@ class IndexedTrainer(Trainer):
         return Endless(self, self.args.max_steps * self.args.train_batch_size)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        positions = inputs.pop("position").numpy()
+        positions = inputs.pop("position").cpu().numpy()
         if self.weigh is None:
             return super().compute_loss(model, inputs, *rest, **named)
         kind, labels = infer_kind(model), inputs["labels"]
         losses = sample_losses(kind, model(**inputs).logits, labels)
-        weights = torch.as_tensor(self.weigh(positions, losses.detach().numpy())).to(losses)
+        weights = torch.as_tensor(self.weigh(positions, losses.detach().cpu().numpy())).to(losses)
         return (losses * weights).mean()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,7 @@ def _losses(trainer: IndexedTrainer, collate: Collator) -> np.ndarray:
     found = np.zeros(len(rows))
     with evaluating(model), torch.no_grad():
         for positions, batch in batches(model, rows, collate, 64, "small loss"):
-            found[positions] = forward_losses(model, infer_kind(model), batch).numpy()
+            found[positions] = forward_losses(model, infer_kind(model), batch).cpu().numpy()
     return found
 
 
@@ -125,34 +124,40 @@ class Allocate(TrainerCallback):
 
 def eva(cell: Cell) -> Outcome:
     """PEFT's EVA (arXiv 2410.07170): ranks and A by the variance of what enters each module."""
-    counted = [0]
-    plain = Plain(cell, adapter=_eva(cell, counted))
-    outcome = plain.run()
-    return replace(outcome, passes=outcome.passes + counted[0] / 2)
+    plain = Plain(cell)
+    plain.adapter = _eva(plain)
+    return plain.run()
 
 
-def _eva(cell: Cell, counted: list[int]) -> Callable[[Inputs, int], PeftModel]:
+def _eva(plain: Plain) -> Callable[[Inputs, int], PeftModel]:
+    """The forward passes that its start takes count in `plain`, half a pass each."""
+
     def adapter(inputs: Inputs, rank: int) -> PeftModel:
         base = inputs.base_model()
-        plain = uniform_config(inputs.config, base)
+        uniform = uniform_config(inputs.config, base)
         config = LoraConfig(
             r=rank,
-            lora_alpha=plain.lora_alpha,
-            target_modules=plain.target_modules,
-            modules_to_save=plain.modules_to_save,
-            task_type=plain.task_type,
+            lora_alpha=uniform.lora_alpha,
+            target_modules=uniform.target_modules,
+            modules_to_save=uniform.modules_to_save,
+            task_type=uniform.task_type,
             init_lora_weights="eva",
             eva_config=EvaConfig(rho=2.0),
         )
         model = wrap(base, config)
+        if torch.cuda.is_available():
+            model.to("cuda")
         columns = [c for c in inputs.splits.train.column_names if c != "id"]
         rows = inputs.splits.train.select_columns(columns)
-        loader = DataLoader(
-            rows, cell.task.batch, shuffle=True, collate_fn=inputs.task.collate, drop_last=True
-        )
+
+        def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            return {name: t.to(model.device) for name, t in inputs.task.collate(features).items()}
+
+        size = plain.cell.task.batch
+        loader = DataLoader(rows, size, shuffle=True, collate_fn=collate, drop_last=True)
 
         def forward(model: Any, batch: Any) -> None:
-            counted[0] += len(batch["labels"])
+            plain.extra_passes += len(batch["labels"]) / 2
             model(**batch)
 
         initialize_lora_eva_weights(
@@ -168,7 +173,7 @@ def real_tokens(entered: Any, batch: Any, name: str) -> torch.Tensor:
     """What enters a layer at positions that are not padding, of source or target by the shape."""
     entered = entered if isinstance(entered, torch.Tensor) else entered[0]
     if entered.dim() < 3:
-        return entered
+        return entered.contiguous()
     for mask in (batch["attention_mask"].bool(), batch["labels"] != -100):
         if mask.shape == entered.shape[:2]:
             return entered[mask]

@@ -9,8 +9,9 @@ from itertools import product
 from pathlib import Path
 
 from evidence_data import TASKS, TRUSTED, Task, read_rows
-from evidence_lines import RESULTS, measured, read_lines
+from evidence_lines import RESULTS, read_lines
 from evidence_methods import RATE_OF
+from evidence_pool import Job, measured_all
 from tqdm import tqdm
 
 from tsqlora.errors import ConfigError
@@ -26,18 +27,25 @@ TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds",
 """What is kept of a trial."""
 
 
-def tune(pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path) -> None:
-    """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each."""
-    for task, method in tqdm(list(pairs), desc="tuning", unit="method"):
-        kind = for_tuning(TASKS[task])
-        while missing := untried(kind, tried(task, method, results)):
-            for condition, seed, rate in tqdm(missing, desc=f"{method} on {task}", leave=False):
-                line = measured(kind, condition, method, seed, rate, epochs)
-                kept = {name: line[name] for name in TRIAL}
-                with (results / TUNING).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**kept, "rate": rate}) + "\n")
-                tqdm.write(f"{task:6} {condition:12} {method:24} {seed} {rate} "
-                           f"{line['validation']:.2f}")  # fmt: skip
+def tune(
+    pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path, processes: int = 1
+) -> None:
+    """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each.
+
+    In rounds: the rates of all that are missing, then whatever lies beyond a best one at an edge.
+    """
+    kinds = {(task, method): for_tuning(TASKS[task]) for task, method in pairs}
+    while missing := [
+        Job(kind, condition, method, seed, rate, epochs)
+        for (task, method), kind in kinds.items()
+        for condition, seed, rate in untried(kind, tried(task, method, results))
+    ]:
+        for job, line in measured_all(missing, processes, "tuning"):
+            kept = {name: line[name] for name in TRIAL}
+            with (results / TUNING).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**kept, "rate": job.rate}) + "\n")
+            tqdm.write(f"{job.task.name:6} {job.condition:12} {job.method:24} {job.seed} "
+                       f"{job.rate} {line['validation']:.2f}")  # fmt: skip
 
 
 Tried = dict[float, dict[tuple[str, int], float]]
