@@ -18,18 +18,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from itertools import product
 from pathlib import Path
 
 from evidence_data import CORE, CORE_CONDITIONS, TASKS, more_tasks
 from evidence_lines import CELLS, RESULTS, Key, key, read_cells
 from evidence_methods import METHODS, RATE_OF
-from evidence_pool import Job, measured_all
+from evidence_pool import Job, measured_all, workers
 from evidence_tuning import read_rate, tune
 from tqdm import tqdm
 
 
-def run(keys: Iterable[Key], epochs: float | None, results: Path, processes: int) -> None:
+def run(keys: Iterable[Key], epochs: float | None, results: Path, pool: Executor | None) -> None:
     """Each cell that is not there yet; others may run beside on other shares.
 
     Seconds are compared with plain LoRA's where both were taken here: machines differ by the day.
@@ -44,7 +45,7 @@ def run(keys: Iterable[Key], epochs: float | None, results: Path, processes: int
         if (task, condition, method, seed) not in there
     ]
     seconds = dict[Key, float]()
-    for job, line in measured_all(jobs, processes, "cells"):
+    for job, line in measured_all(jobs, pool, "cells"):
         task, condition, method, seed = job.key
         seconds[job.key] = line["seconds"]
         plain = seconds.get((task, condition, "lora", seed))
@@ -88,7 +89,8 @@ def main() -> None:
     if given.what == "tune":
         own = [method for method in given.methods if method not in RATE_OF]
         pairs = list(product(given.tasks, own))
-        tune(pairs[first - 1 :: of], given.epochs, given.results, given.processes)
+        with workers(given.processes) as pool:
+            tune(pairs[first - 1 :: of], given.epochs, given.results, pool)
     elif given.what == "run":
         order: list[Key] = [
             (task, condition, method, seed)
@@ -98,7 +100,8 @@ def main() -> None:
             for method in given.methods
             if condition != "clean" or not method.startswith("oracle")  # there it is plain LoRA
         ]
-        run(order[first - 1 :: of], given.epochs, given.results, given.processes)
+        with workers(given.processes) as pool:
+            run(order[first - 1 :: of], given.epochs, given.results, pool)
     else:
         from evidence_tables import write_tables
 

@@ -42,9 +42,9 @@ class Cell:
     @property
     def model(self) -> str:
         """The model's folder or name."""
-        if self.task.model == MINILM:
+        folder = SHARED / "models" / self.task.model  # MiniLM is there where gpu.sh has put it
+        if self.task.model == MINILM and not folder.exists():
             return str(encoder_folder())
-        folder = SHARED / "models" / self.task.model
         return str(folder) if folder.exists() else self.task.model
 
     def config(self, **sections: Any) -> RunConfig:

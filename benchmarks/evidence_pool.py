@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -38,32 +39,38 @@ class Job:
         return measured(self.task, self.condition, self.method, self.seed, self.rate, self.epochs)
 
 
-def measured_all(
-    jobs: Iterable[Job], processes: int, what: str
-) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Every job and its line, as they are done; in this process where `processes` is 1.
-
-    Raises:
-        SystemExit: jobs failed in a process of the pool; it names them, after the others are done.
-    """
-    waiting = list(jobs)
+def workers(processes: int) -> AbstractContextManager[Executor | None]:
+    """So many processes, which share the cores; None for this one alone."""
     if processes == 1:
         quiet()
+        return nullcontext()
+    return ProcessPoolExecutor(processes, get_context("spawn"), starting, (processes,))
+
+
+def measured_all(
+    jobs: Iterable[Job], pool: Executor | None, what: str
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Every job and its line, as they are done.
+
+    Raises:
+        SystemExit: jobs failed in processes of the pool; it names them, once the others are done.
+    """
+    waiting = list(jobs)
+    if pool is None:
         yield from ((job, job.line()) for job in tqdm(waiting, desc=what, unit="cell"))
         return
     failed = []
-    with ProcessPoolExecutor(processes, get_context("spawn"), starting, (processes,)) as pool:
-        given: dict[Future[dict[str, Any]], Job] = {pool.submit(job.line): job for job in waiting}
-        try:
-            for done in tqdm(as_completed(given), desc=what, unit="cell", total=len(given)):
-                job = given.pop(done)
-                if error := done.exception():
-                    failed.append(f"{job.key} at {job.rate}: {type(error).__name__}: {error}")
-                    tqdm.write(failed[-1])
-                else:
-                    yield job, done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    given: dict[Future[dict[str, Any]], Job] = {pool.submit(job.line): job for job in waiting}
+    try:
+        for done in tqdm(as_completed(given), desc=what, unit="cell", total=len(given)):
+            if error := done.exception():
+                failed.append(f"{given[done].key}: {type(error).__name__}: {error}")
+                tqdm.write(failed[-1])
+            else:
+                yield given[done], done.result()
+    finally:
+        for unfinished in given:
+            unfinished.cancel()
     if failed:
         raise SystemExit("\n".join([f"{len(failed)} cells failed:", *failed]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds",
 
 
 def tune(
-    pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path, processes: int = 1
+    pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path, pool: Executor | None
 ) -> None:
     """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each.
 
@@ -40,7 +41,7 @@ def tune(
         for (task, method), kind in kinds.items()
         for condition, seed, rate in untried(kind, tried(task, method, results))
     ]:
-        for job, line in measured_all(missing, processes, "tuning"):
+        for job, line in measured_all(missing, pool, "tuning"):
             kept = {name: line[name] for name in TRIAL}
             with (results / TUNING).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**kept, "rate": job.rate}) + "\n")

@@ -6,7 +6,8 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from evidence_claims import claims
 from evidence_data import CONDITIONS, TASKS, TRUSTED, Task, make_cell, more_tasks
+from evidence_pool import Job, measured_all
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import in_order, tables
 from evidence_tuning import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
@@ -86,6 +88,25 @@ def test_a_rate_is_tuned_until_the_best_is_not_at_an_edge(
 ) -> None:
     asked = trials(TASKS["trec"], tmp_path, lambda rate: -abs(math.log(rate / best)))
     assert asked == [*TASKS["trec"].rates, *more]
+
+
+@dataclass(frozen=True)
+class Fails(Job):
+    """A cell that fails for odd seeds."""
+
+    def line(self) -> dict[str, Any]:
+        if self.seed % 2:
+            raise ValueError("odd")
+        return {"seed": self.seed}
+
+
+def test_a_cell_that_fails_is_named_when_all_others_are_done() -> None:
+    jobs, found = [Fails(TASKS["trec"], "clean", "lora", seed, 1e-3) for seed in range(5)], set()
+    with ThreadPoolExecutor(2) as pool, pytest.raises(SystemExit, match="2 cells failed") as end:
+        for job, line in measured_all(jobs, pool, "cells"):
+            found.add((job.seed, line["seed"]))
+    assert found == {(0, 0), (2, 2), (4, 4)}
+    assert "('trec', 'clean', 'lora', 3): ValueError: odd" in str(end.value)
 
 
 def test_no_rate_is_taken_before_all_trials_are_there(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from torch import nn
 
 import tiny_text as tiny
 from runs import classification_run
+from tsqlora import finished
 from tsqlora.artefacts import read_lines
 from tsqlora.base_task import Task
+from tsqlora.config import RunConfig
 from tsqlora.errors import ConfigError, DataError
 from tsqlora.generation import predict, references
 from tsqlora.losses import CAUSAL_LM, IGNORED
@@ -356,3 +358,24 @@ def test_a_training_logs_the_metrics_of_its_own_evaluations(
     assert len(logged) == 2
     assert logged[-1][f"eval_{metric}"] == pytest.approx(final[metric], abs=1e-4)
     assert f"{metric}, validation" in (folder / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize(("use_cpu", "device"), [(False, "meta"), (True, "cpu")])
+def test_models_are_measured_on_the_accelerator_that_trains_them(
+    use_cpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(finished, "evaluate", lambda _, model, *__: {str(model.weight.device): 0.0})
+    data = {"train": "t.jsonl", "text": "text", "target": "label"}
+    config: dict[str, Any] = {
+        "model": "m",
+        "task": "classification",
+        "data": data,
+        "output": "runs/m",
+    }
+    config["training"] = {"use_cpu": use_cpu}
+    task: Any = None
+    rows = Dataset.from_dict({})
+    measured = finished.measure(RunConfig.from_dict(config), task, nn.Linear(1, 1), rows)
+    assert [*measured] == [device]

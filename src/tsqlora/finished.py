@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -112,5 +113,8 @@ def finish(config: RunConfig, folder: RunFolder, task: Task, model: PeftModel) -
 
 
 def measure(config: RunConfig, task: Task, model: nn.Module, rows: Dataset) -> dict[str, float]:
-    """The configured metrics of any model on encoded rows."""
+    """The configured metrics of any model on encoded rows, where a training would have the model:
+    on the accelerator, if there is one and `training.use_cpu` does not forbid it."""
+    if torch.accelerator.is_available() and not config.training.get("use_cpu"):
+        model.to(torch.accelerator.current_accelerator())
     return evaluate(task, model, rows, config.metrics or task.default_metrics)
