@@ -374,7 +374,7 @@ def test_models_are_measured_on_the_accelerator_that_trains_them(
         "data": data,
         "output": "runs/m",
     }
-    config["training"] = {"use_cpu": use_cpu}
+    config |= {"training": {"use_cpu": use_cpu}, "metrics": ["accuracy"]}
     task: Any = None
     rows = Dataset.from_dict({})
     measured = finished.measure(RunConfig.from_dict(config), task, nn.Linear(1, 1), rows)
