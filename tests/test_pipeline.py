@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -19,7 +20,9 @@ from runs import classification_run
 from tsqlora import QualityScores, RankPlan, checkpoints, train
 from tsqlora.checkpoints import InterruptCallback, whole_checkpoints
 from tsqlora.cli import main
+from tsqlora.config import AdapterConfig, RunConfig
 from tsqlora.pipeline import Run
+from tsqlora.two_parts import first_steps
 
 
 def test_a_run_leaves_every_artefact_in_its_format(tmp_path: Path) -> None:
@@ -161,3 +164,16 @@ def test_by_default_the_pool_is_learnt_for_as_long_as_the_drawn_samples(tmp_path
     run.score()
     stages = json.loads(run.folder.metrics.read_text())["cost"]["stages"]
     assert stages["adaptation"]["passes"] == 2 * 60
+
+
+@pytest.mark.parametrize("mode", ["online", "none"])
+def test_a_new_head_learns_for_a_tenth_of_the_steps_before_layers_are_measured(
+    mode: str, tmp_path: Path
+) -> None:
+    given = {"quality.mode": mode, "quality.adapt_steps": None, "training.max_steps": 30}
+    config = RunConfig.from_yaml(classification_run(tmp_path, **given))
+    assert first_steps(config, 120).steps == 3
+    generates = dataclasses.replace(config, task="seq2seq")
+    assert first_steps(generates, 120).steps == 0
+    goes_on = dataclasses.replace(config, adapter=AdapterConfig(init="a"))
+    assert first_steps(goes_on, 120).steps == 0

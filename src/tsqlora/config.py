@@ -107,9 +107,10 @@ class QualityConfig:
     that train on them: targets are judged as they go by, doubtful ones weigh less at once, and each
     epoch is drawn by what was seen so far (`judging.py`, `online.py`); without the loss reduction,
     which takes passes of its own. `none` scores nothing. For both `fraction` is 1 by default, 0.5
-    else, and null in `adapt_steps` is no step. `auto` is online, or upfront where something is
-    asked for that only it can do: preset paper, a reference, the loss reduction, lookahead, depth,
-    and training.fsdp or deepspeed.
+    else, and null in `adapt_steps` is a tenth of the training's steps under a new head (classes,
+    numbers), which layers are measured after, and no step in generation. `auto` is online, or
+    upfront where something is asked for that only it can do: preset paper, a reference, the loss
+    reduction, lookahead, depth, and training.fsdp or deepspeed.
 
     `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).
     """

@@ -19,18 +19,24 @@ from tsqlora.adaptation import Adaptation, default_steps
 from tsqlora.batches import Collator
 from tsqlora.config import RunConfig
 from tsqlora.lora_layers import PEFT_TASK_TYPES
+from tsqlora.losses import CLASSIFICATION, REGRESSION
 from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size
 from tsqlora.targets import resolve_targets
 from tsqlora.training import DEFAULTS, training_arguments, training_passes
 
+HEAD_SHARE = 0.1
+"""Of the steps that come after, before layers are measured under a new head: through one that knows
+nothing |W ⊙ ∇W| tells of the layers' sizes alone (benchmarks/LOG.md)."""
+
 
 def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptation:
     """The adaptation, for a pool of so many samples and a training in `together` processes.
 
-    By default it has as many steps as what comes after, at most 500, before scores upfront, and no
-    step else; the rate falls linearly to the share of the steps that are left, unless the
-    training's stays constant. One process takes the batches of all.
+    By default it has as many steps as what comes after, at most 500, before scores upfront; else a
+    tenth as many where a new head has to learn first, and no step in generation. The rate falls
+    linearly to the share of the steps that are left, unless the training's stays constant. One
+    process takes the batches of all.
     """
     settings = {**DEFAULTS, **config.training, "deepspeed": None}
     with processes.alone(), tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
@@ -42,8 +48,7 @@ def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptatio
     if after <= 0:
         after = math.ceil(training_passes(arguments, drawn) / batch)
     given = config.quality.adapt_steps
-    upfront = config.quality.mode == "upfront"
-    steps = (default_steps(after) if upfront else 0) if given is None else given
+    steps = _by_default(config, after) if given is None else given
     constant = str(settings["lr_scheduler_type"]).startswith("constant")
     return Adaptation(
         steps,
@@ -53,6 +58,13 @@ def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptatio
         1.0 if constant else after / max(1, steps + after),
         config.training,
     )
+
+
+def _by_default(config: RunConfig, after: int) -> int:
+    if config.quality.mode == "upfront":
+        return default_steps(after)
+    fresh = config.task in (CLASSIFICATION, REGRESSION) and config.adapter.init is None
+    return default_steps(round(HEAD_SHARE * after)) if fresh else 0
 
 
 def last_arguments(config: RunConfig, first: Adaptation, folder: Path) -> TrainingArguments:
