@@ -110,7 +110,6 @@ def _judged(cell: Cell, run: Run) -> dict[str, Any]:
         "wrong_share": round(float(scores.wrong_share), 4),
         "wrong_left_out": int((left_out & wrong).sum()),
         "sound_left_out": int((left_out & ~wrong).sum()),
-        "verdict": scores.verdict,
     }
     if 0 < wrong.sum() < len(wrong):
         seen = np.isfinite(scores.loss)
