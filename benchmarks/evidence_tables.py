@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from evidence_claims import claims
-from evidence_data import CONDITIONS, CORE, TASKS
+from evidence_claims import OURS, claims
+from evidence_data import CONDITIONS, CORE, CORE_CONDITIONS, TASKS
 from evidence_methods import METHODS
 from evidence_stats import (
     Cells,
@@ -19,7 +20,7 @@ from evidence_stats import (
     mean_interval,
 )
 
-PLAIN, SEEDS = "lora", 5
+PLAIN = "lora"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- evidence: by benchmarks/evidence.py tables -->", "<!-- /evidence -->"
@@ -119,7 +120,10 @@ def write_tables(lines: Sequence[Line], folder: Path) -> str:
     cells = Cells(in_order(lines))
     text = tables(cells)
     (folder / "evidence.md").write_text(text, encoding="utf-8")
-    for readme, shown in ((folder.parent / "README.md", text), (ROOT / "README.md", _short(cells))):
+    for readme, shown in (
+        (folder.parent / "README.md", text),
+        (ROOT / "README.md", front_page(cells)),
+    ):
         if folder == RESULTS:
             _show(readme, shown)
     plot(cells, folder)
@@ -137,11 +141,14 @@ def in_order(lines: Sequence[Line]) -> list[Line]:
     return sorted(lines, key=place)
 
 
-def _short(cells: Cells) -> str:
-    """The methods that have all seeds of g2p, for the front page."""
-    full = [m for m in cells.names(2) if len(cells.values("g2p", "wrong20", m)) >= SEEDS]
-    kept = [line for line in cells.lines.values() if line["method"] in full]
-    return metric_table(Cells([line for line in kept if line["task"] == "g2p"]), "g2p")
+def front_page(cells: Cells) -> str:
+    """Plain LoRA, the default and the oracle on every core task."""
+    rows: list[list[str]] = [["task", "method", *CORE_CONDITIONS]]
+    for task, method in product((t for t in CORE if t in cells.names(0)), (PLAIN, OURS, "oracle")):
+        found = [list(cells.values(task, c, method).values()) for c in CORE_CONDITIONS]
+        shown = [_shown(values) if values else "" for values in found]
+        rows.append([task if method == PLAIN else "", f"`{method}`", *shown])
+    return markdown(rows)
 
 
 def _show(readme: Path, text: str) -> None:

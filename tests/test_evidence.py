@@ -21,10 +21,10 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from evidence_claims import claims
-from evidence_data import CONDITIONS, TASKS, TRUSTED, Task, make_cell, more_tasks
+from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_pool import Job, measured_all
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
-from evidence_tables import in_order, tables
+from evidence_tables import front_page, in_order, tables
 from evidence_tuning import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
 
 from tsqlora.errors import ConfigError
@@ -214,6 +214,14 @@ def test_tables_show_every_task_and_method_with_its_seeds() -> None:
     assert "`lora` | 51.0 ± 12.7 (2)" in text
     assert "`tsqlora` | 59.0 ± 12.7 (2)" in text
     assert "| `tsqlora` | 8.0 [8.0, 8.0] (1) |" in text
+
+
+def test_the_front_page_shows_every_core_task_whether_the_default_wins_there_or_not() -> None:
+    lines = [line(method, 0, 50.0, task=task) for task in CORE for method in ("lora", "tsqlora")]
+    shown = front_page(Cells([*lines, line("adalora", 0, 99.0), line("lora", 0, 1.0, task="mine")]))
+    rows = [row.split(" | ")[:2] for row in shown.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows if row[0].strip("| ")] == list(CORE)
+    assert [row[1] for row in rows] == ["`lora`", "`tsqlora`", "`oracle`"] * len(CORE)
 
 
 def test_methods_are_shown_in_the_order_of_their_definition_however_they_were_run() -> None:

@@ -56,7 +56,7 @@ PUBLIC = {
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 FILE_BYTES, EVIDENCE_BYTES = 150_000, 700_000
-"""The second for benchmarks/results/evidence.jsonl: half a kB a cell, 1,100 cells in the core grid."""
+"""The second for benchmarks/results/evidence.jsonl: half a kB for each of 1,100 cells."""
 
 modules = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
 each_module = pytest.mark.parametrize("module", modules)
