@@ -18,7 +18,6 @@ from test_online import trainer_of
 from tsqlora.credibility import Credibility, drawable, from_null, null_percentiles
 from tsqlora.judging import (
     COMEBACK,
-    HARD,
     LOWEST,
     LOWEST_OF_LABELS,
     Judge,
@@ -104,18 +103,6 @@ def test_labels_are_heeded_from_the_second_epoch_on_and_unknown_ones_stand() -> 
     other.load(judge.state())
     np.testing.assert_array_equal(other.heeded, judge.heeded)
     assert other.verdict == judge.verdict
-
-
-@given(st.floats(0.0, 0.3))
-def test_labels_are_heeded_where_an_eighth_of_them_looks_wrong(share: float) -> None:
-    judge, wrong = LabelVerdicts(1000), EVERY[: round(500 * share)]
-    found = Credibility(np.where(np.isin(EVERY, wrong), 0.1, 1.0), share, "")
-    for _ in range(2):
-        judge.close(EVERY, found)
-    heeds = judge.wrong_share >= HARD
-    assert heeds == (0.9 * len(wrong) / 500 >= HARD - 1e-9)
-    assert ((judge.heeded < 1).any()) == heeds
-    assert ("all are drawn alike" in judge.verdict) == (0.005 <= judge.wrong_share < HARD)
 
 
 def test_the_state_of_a_judge_comes_back_the_same() -> None:

@@ -15,8 +15,8 @@ one, bit for bit.
 
 Hard classes and numbers look like wrong ones until they are learnt, and a model that never learns
 them grows surer of what it believes. There a window is a whole epoch, the first is not acted on,
-and where an eighth or more look wrong a doubted sample is drawn less from then on, in one round of
-twenty at least; no loss is weighed. Judged at every step instead, a model that knows nothing yet passes the guards of
+and a doubted sample is drawn less from then on, in one round of twenty at least; no loss is
+weighed. Judged at every step instead, a model that knows nothing yet passes the guards of
 `credibility.py` by chance and collapses (all in benchmarks/LOG.md).
 """
 
@@ -41,10 +41,6 @@ LEAST, PART = 320, 6
 LOWEST, LOWEST_OF_LABELS = 1e-3, 0.05
 """w₀ of generation (not 0, so that a sample's own gradient can still be told), and the least part
 of the rounds that a doubted label is in."""
-HARD = 0.125
-"""Below this share of labels that look wrong all are drawn as before: of sound labels up to a tenth
-look wrong where the task is hard, and so few wrong ones cost less than hard ones bring
-(benchmarks/LOG.md)."""
 COMEBACK = 0.5
 """Of a doubted sample, the part of c_i with which it is in a round of the draw, at least w₀."""
 GRID = 257
@@ -122,16 +118,8 @@ class LabelVerdicts(Verdicts):
 
     @property
     def heeded(self) -> Floats:
-        """The c_i that draws go by (N): 1 after one window alone, and where fewer than `HARD` look
-        wrong, as hard is not wrong."""
-        heeds = self.windows > 1 and self.wrong_share >= HARD
-        return self.credibility if heeds else np.ones(len(self.credibility))
-
-    @property
-    def verdict(self) -> str:
-        """One sentence for the user."""
-        few = 0.005 <= self.wrong_share < HARD
-        return super().verdict + ", so few that they may be hard: all are drawn alike" * few
+        """The c_i that draws go by (N): 1 after one window alone, as hard is not wrong."""
+        return self.credibility if self.windows > 1 else np.ones(len(self.credibility))
 
     def close(self, positions: Ints, found: Credibility) -> None:
         """Take the verdicts on a window's samples; where nothing is known those before stand."""
