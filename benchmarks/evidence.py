@@ -39,11 +39,9 @@ def run(keys: Iterable[Key], epochs: float | None, results: Path, pool: Executor
         ConfigError: a rate is not tuned yet.
     """
     there = set(map(key, read_cells(results)))
-    jobs = [
-        Job(TASKS[task], condition, method, seed, read_rate(TASKS[task], method, results), epochs)
-        for task, condition, method, seed in keys
-        if (task, condition, method, seed) not in there
-    ]
+    missing = [each for each in keys if each not in there]
+    rates = {(t, m): read_rate(TASKS[t], m, results) for t, m in {(t, m) for t, _, m, _ in missing}}
+    jobs = [Job(TASKS[t], c, m, seed, rates[t, m], epochs) for t, c, m, seed in missing]
     seconds = dict[Key, float]()
     for job, line in measured_all(jobs, pool, "cells"):
         task, condition, method, seed = job.key

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common import minilm
 from evidence_data import MINILM, SHARED, CellData, Task
 
 from tsqlora.config import RunConfig
-from tsqlora.demo import encoder_folder
 from tsqlora.training import GROUPED
 
 RANK = 8
@@ -42,9 +42,9 @@ class Cell:
     @property
     def model(self) -> str:
         """The model's folder or name."""
-        folder = SHARED / "models" / self.task.model  # MiniLM is there where gpu.sh has put it
-        if self.task.model == MINILM and not folder.exists():
-            return str(encoder_folder())
+        if self.task.model == MINILM:
+            return str(minilm())
+        folder = SHARED / "models" / self.task.model
         return str(folder) if folder.exists() else self.task.model
 
     def config(self, **sections: Any) -> RunConfig:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tsqlora.demo import encoder_folder
+from tsqlora.packaged import encoder_folder
 
 found, target = encoder_folder(), Path(".gpu/models/minilm")
 for file in found.glob("*"):
@@ -69,9 +69,10 @@ scoring() {
 
 # Small models leave a GPU idle; the multi-process service lets the processes' kernels run side by side (2.5 times as fast).
 evidence() {
-  cp -n benchmarks/results/evidence*.jsonl "$OUT/"
+  cp -n benchmarks/results/evidence*.jsonl "$OUT/" || true  # what is there already stays
   export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps-log
   mkdir -p /tmp/mps /tmp/mps-log && nvidia-cuda-mps-control -d || true
+  trap 'echo quit | nvidia-cuda-mps-control || true' EXIT
   python3 benchmarks/evidence.py "$@" --processes $(($(nproc) - 1)) --results "$OUT"
 }
 

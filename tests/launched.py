@@ -12,6 +12,12 @@ from typing import Any
 
 from tsqlora.pipeline import Run
 
+TWO_PROCESSES = (
+    *("-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+)
+"""Python's arguments before a script; a port that the launcher itself binds, so no other test's."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -39,11 +45,7 @@ def launched_twice(
     (home / "main.py").write_text(script)
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(home / "main.py"), str(home)),
-        ],
+        [sys.executable, *TWO_PROCESSES, str(home / "main.py"), str(home)],
         check=False,
         capture_output=True,
         text=True,

@@ -30,6 +30,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import tsqlora as tsq
+from launched import TWO_PROCESSES
 from tiny_text import CHAT_TEMPLATE, save_bert, save_llama
 from tsqlora.config import QualityConfig
 from tsqlora.demo_data import intents, make_demo_data
@@ -139,8 +140,7 @@ def test_the_accelerate_loop_trains_in_two_processes_by_one_set_of_scores(
     reviews: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "two.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launch = [sys.executable, *TWO_PROCESSES]
     script = [str(tmp_path / "two.py"), str(tmp_path), str(EXAMPLES / "accelerate_loop.py")]
     given = [word for pair in reviews.items() for word in pair] + ["--out", str(tmp_path)]
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]

@@ -17,6 +17,7 @@ from datasets import Dataset
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
+from launched import TWO_PROCESSES
 from reference import looped_gradients, loss_of, one_by_one
 from runs import causal_run, classification_run, seq2seq_run
 from test_per_sample_grads import checkpointed
@@ -333,8 +334,7 @@ trainer = trainer_of("bert", folder / "two", True, num_train_epochs=2,
 (folder / f"{{processes.index()}}.json").write_text(json.dumps(found_by(trainer)))
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
+    command = [sys.executable, *TWO_PROCESSES, str(script)]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))

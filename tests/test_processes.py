@@ -11,16 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launched import TWO_PROCESSES
 from runs import classification_run
 from tsqlora import LayerSensitivity, QualityScores, processes, scoring
 from tsqlora.pipeline import Run
 
 SMALL_PARTS = "from tsqlora import scoring; scoring.PART = 2\n"
-
-
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-FREE_PORT = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
-"""Bound by the launcher itself: one that is looked up first may be another's by then."""
 
 
 def score_in_subprocess(
@@ -52,7 +48,7 @@ def noted(*written):
     write(*written)
 scoring.Parts.write = noted
 """
-    done = score_in_subprocess(tmp_path, config, script, *TWO, *FREE_PORT, verb="plan")
+    done = score_in_subprocess(tmp_path, config, script, *TWO_PROCESSES, verb="plan")
     assert done.returncode == 0, done.stderr[-5000:]
     assert len(list(tmp_path.glob("[01] of 2 took part"))) == 2
     two = Run.open(tmp_path / "two")
