@@ -7,11 +7,9 @@ cell's rows, scoring and whatever else it needs included.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,13 +42,14 @@ Method = Callable[[Cell], Outcome]
 def tsqlora(trusted: bool = False, part: float = 1.0, **sections: Any) -> Method:
     """TsqLoRA with these keys of the configuration, for this part of the cell's budget in all.
 
-    `trusted` rows are trained on as well, as the baselines do.
+    With `trusted` rows as `quality.reference`, which is trained on as well, as by the baselines.
     """
 
     def method(cell: Cell) -> Outcome:
         own = {key: dict(section) for key, section in sections.items()}
         if trusted:
-            own["data"] = {"train": str(with_trusted(cell))}
+            reference = str(cell.folder / "data" / "trusted.jsonl")
+            own["quality"] = {**own.get("quality", {}), "reference": reference}
         steps = _steps_within(cell, own, part)
         config = cell.config(**{**own, "training": {"max_steps": steps}})
         started = time.perf_counter()
@@ -65,19 +64,11 @@ def tsqlora(trusted: bool = False, part: float = 1.0, **sections: Any) -> Method
     return method
 
 
-def with_trusted(cell: Cell) -> Path:
-    """The training rows and the trusted ones, which look like any other."""
-    rows = [*cell.data.train, *cell.data.trusted]
-    path = cell.folder / "data" / "with_trusted.jsonl"
-    lines = [json.dumps({**row, "id": i}, ensure_ascii=False) for i, row in enumerate(rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 def _steps_within(cell: Cell, sections: dict[str, Any], part: float = 1.0) -> int:
     """The most steps after scoring with which everything costs at most `part` of the budget."""
 
-    samples = len(cell.data.train) + len(cell.data.trusted) * ("data" in sections)
+    reference = "reference" in sections.get("quality", {})
+    samples = len(cell.data.train) + len(cell.data.trusted) * reference
 
     def cost(steps: int) -> float:
         config = cell.config(**{**sections, "training": {"max_steps": steps}})

@@ -191,7 +191,6 @@ def test_the_mode_of_scoring_chooses_its_own_defaults() -> None:
     assert online.quality == RunConfig.from_dict(changed("quality", {})).quality
     for upfront in (
         {"preset": "paper"},
-        {"reference": "trusted.jsonl"},
         {"depth": 0.4},
         {"lookahead": "first_order"},
         {"weights": {"loss_reduction": 1}},
@@ -199,6 +198,8 @@ def test_the_mode_of_scoring_chooses_its_own_defaults() -> None:
         found = RunConfig.from_dict(changed("quality", upfront)).quality
         assert (found.mode, found.fraction) == ("upfront", 0.5)
         assert (found.weights.convergence == 1.0) == ("preset" in upfront)
+    trusted = {"reference": "trusted.jsonl"}
+    assert RunConfig.from_dict(changed("quality", trusted)).quality.mode == "online"
     sharded = RunConfig.from_dict(changed("training.fsdp", "full_shard"))
     assert sharded.quality.mode == "upfront"
     none = RunConfig.from_dict(changed("quality", {"mode": "none"}))
@@ -223,7 +224,7 @@ BAD = [
     ),
     ("quality", {"mode": "online", "weights": {"loss_reduction": 1}}, "takes a forward of its own"),
     ("quality", {"mode": "online", "preset": "paper"}, "quality.preset: paper is for quality.mode"),
-    ("quality", {"mode": "online", "reference": "r"}, "quality.reference is for quality.mode"),
+    ("quality", {"mode": "none", "reference": "r"}, "quality.reference is for quality.mode"),
     ("quality", {"mode": "online", "depth": 0.1}, "quality.depth is for quality.mode: upfront"),
     (
         "quality",

@@ -136,7 +136,8 @@ class QualityConfig:
             object.__setattr__(self, "fraction", 0.5 if self.mode == "upfront" else 1.0)
 
     def _needs_upfront(self) -> bool:
-        asked = self.preset == "paper", self.reference, self.lookahead != "exact", self.depth < 1
+        measured = self.reference == "validation"  # which is not trained on
+        asked = self.preset == "paper", measured, self.lookahead != "exact", self.depth < 1
         return any(asked) or self.weights.loss_reduction != 0
 
 

@@ -36,6 +36,8 @@ def mode_conflicts(quality: Any, given: Mapping[str, Any]) -> Iterator[str]:
         "depth": quality.depth < 1,
         "lookahead": quality.lookahead != "exact",
     }
+    if mode == "online" and quality.reference != "validation":
+        upfront["reference"] = False
     if mode != "upfront":
         for key in (key for key, there in upfront.items() if there):
             yield f"quality.{key} is for quality.mode: upfront; leave it out"

@@ -19,6 +19,7 @@ from tsqlora.encoded import on_disk
 from tsqlora.errors import ConfigError
 from tsqlora.initial import InitialAdapter
 from tsqlora.tasks import Task, make_task
+from tsqlora.trusted import joined
 
 NEEDS: dict[str, list[str]] = {
     "adaptation": [
@@ -52,12 +53,16 @@ ENCODING = ["model", "tokenizer", "target_tokenizer", "task", "data"]
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded data: the pool, and what there is of the others."""
+    """Encoded data: the pool, and what there is of the others.
+
+    The last `trusted` rows of the pool are those of `quality.reference`, where they are trained on.
+    """
 
     train: Dataset
     validation: Dataset | None = None
     test: Dataset | None = None
     reference: Dataset | None = None
+    trusted: int = 0
 
     @property
     def measured(self) -> dict[str, Dataset]:
@@ -108,12 +113,15 @@ class Inputs:
     def splits(self) -> Splits:
         """Everything encoded, so that every bad row is found before anything long starts."""
         where = {"train": "data.train", "validation": "data.validation", "test": "data.test"}
-        return Splits(
-            **{
-                name: self._encode(name, rows, where.get(name, "quality.reference"))
-                for name, rows in self.raw.items()
-            }
-        )
+        found = {
+            name: self._encode(name, rows, where.get(name, "quality.reference"))
+            for name, rows in self.raw.items()
+        }
+        if self.config.quality.mode != "online" or "reference" not in found:
+            return Splits(**found)
+        trusted = found.pop("reference")
+        found["train"] = joined(found["train"], trusted)
+        return Splits(**found, trusted=len(trusted))
 
     def load(self) -> None:
         """Read and encode all data."""

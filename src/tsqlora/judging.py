@@ -35,6 +35,7 @@ from tsqlora.credibility import (
     from_null,
     percentiles,
 )
+from tsqlora.trusted import worth
 
 LEAST, PART = 320, 6
 """A window is at most a PART-th of the pool, at least so many visits (or the whole pool)."""
@@ -69,11 +70,13 @@ class Verdicts:
         judged: which samples a window has judged (N).
         windows: how many have ended.
         lowest: the least part of the rounds that a doubted sample is in.
+        pool: how many samples come before the trusted ones, which are never doubted.
     """
 
     lowest = LOWEST_OF_LABELS
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, trusted: int = 0) -> None:
+        self.pool = samples - trusted
         self.credibility, self.judged = np.ones(samples), np.zeros(samples, dtype=bool)
         self.windows = 0
 
@@ -114,18 +117,48 @@ class Verdicts:
 
 
 class LabelVerdicts(Verdicts):
-    """Of classes and numbers, judged once an epoch."""
+    """Of classes and numbers, judged once an epoch.
+
+    Attributes:
+        random: ρ of the pool by the first window beside trusted rows (`trusted.random_share`).
+    """
+
+    random = 0.0
 
     @property
     def heeded(self) -> Floats:
         """The c_i that draws go by (N): 1 after one window alone, as hard is not wrong."""
         return self.credibility if self.windows > 1 else np.ones(len(self.credibility))
 
+    @property
+    def verdict(self) -> str:
+        """One sentence for the user, and what is known beside trusted samples."""
+        told = super().verdict
+        if self.random:
+            told += (
+                f"; beside the trusted ones {self.random:.0%} or more say nothing of their input"
+            )
+        return told
+
+    @property
+    def worth(self) -> float:
+        """How often a trusted row is drawn beside one of the pool that is not doubted."""
+        return worth(self.random, float(1 - drawable(self.heeded[: self.pool]).mean()))
+
     def close(self, positions: Ints, found: Credibility) -> None:
         """Take the verdicts on a window's samples; where nothing is known those before stand."""
         self.windows += 1
         if found.known:
             self.credibility[positions], self.judged[positions] = found.values, True
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays."""
+        return {**super().state(), "judge.random": np.asarray([self.random])}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put `state` back."""
+        super().load(state)
+        self.random = float(state["judge.random"][0])
 
 
 class Judge(Verdicts):
@@ -139,8 +172,8 @@ class Judge(Verdicts):
 
     lowest = LOWEST
 
-    def __init__(self, samples: int) -> None:
-        super().__init__(samples)
+    def __init__(self, samples: int, trusted: int = 0) -> None:
+        super().__init__(samples, trusted)
         self.curve: Floats = np.zeros(0)
         self.null: Floats = np.zeros(0)
         self.fresh = False
@@ -156,6 +189,7 @@ class Judge(Verdicts):
         found = self._along(percentiles(loss, self.null))
         if not self.fresh:
             found[self.credibility[positions] == 1] = 1.0
+        found[positions >= self.pool] = 1.0
         return np.where(found >= CREDIBLE, 1.0, self.lowest)
 
     @property

@@ -10,7 +10,7 @@ duplicates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from datasets import Dataset
@@ -18,7 +18,7 @@ from torch import nn
 
 from tsqlora import processes
 from tsqlora.collected import FINITE
-from tsqlora.credibility import ENOUGH
+from tsqlora.credibility import ENOUGH, Credibility, null_percentiles
 from tsqlora.duplicates import near_duplicates
 from tsqlora.judging import (
     LEAST,
@@ -28,11 +28,13 @@ from tsqlora.judging import (
     inclusion,
     window_size,
 )
+from tsqlora.losses import CLASSIFICATION
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_pairs
 from tsqlora.quality import Floats, QualityScores, credibility, quality_scores, tempered
 from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size, drawn, unscored
+from tsqlora.trusted import halves, random_share
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
@@ -149,6 +151,10 @@ class Window:
         """One of them."""
         return self.columns[name]
 
+    def at(self, places: np.ndarray) -> Window:
+        """Those of some of the visits."""
+        return Window({name: values[places] for name, values in self.columns.items()})
+
     def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The same at once."""
         yield np.arange(len(self.columns[name])), self.columns[name]
@@ -163,12 +169,14 @@ class OnlineScorer:
         judge: what is thought of the targets.
         duplicates: the group of near-duplicates of each sample (N).
         spent: passes of its own that scoring has taken so far.
+        pool: how many samples are judged; those after them are trusted (`trusted.py`).
     """
 
-    def __init__(self, scorer: Scorer, rows: Dataset, kind: str) -> None:
+    def __init__(self, scorer: Scorer, rows: Dataset, kind: str, trusted: int = 0) -> None:
         self.scorer, self.rows, self.kind = scorer, rows, kind
+        self.pool, self.trusted = len(rows) - trusted, trusted
         self.judge: Judge | LabelVerdicts = (
-            LabelVerdicts(len(rows)) if kind in FREE else Judge(len(rows))
+            LabelVerdicts(len(rows), trusted) if kind in FREE else Judge(len(rows), trusted)
         )
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
@@ -196,17 +204,33 @@ class OnlineScorer:
         if taken is None:
             return
         positions, window = taken
+        ours = positions < self.pool
         if isinstance(self.judge, LabelVerdicts):
-            rows = self.rows.select(positions)
-            found = processes.from_main(
-                lambda: credibility(self.scorer.measurements(window, model, rows, True))
-            )
-            self.judge.close(positions, found)
+            random, found = processes.from_main(lambda: self._of_labels(positions, window, model))
+            self.judge.random = self.judge.random if self.judge.windows else random
+            self.judge.close(positions[ours], found)
             return
+        positions, window = positions[ours], window.at(ours)
         pairs = processes.from_main(lambda: self._mismatched(len(positions), model))
         self.spent += 0.5 * len(pairs)
         self._pairs = [*self._pairs, pairs][-NULL_WINDOWS:]
         self.judge.close(positions, window.column("loss"), np.concatenate(self._pairs))
+
+    def _of_labels(
+        self, positions: np.ndarray, window: Window, model: nn.Module
+    ) -> tuple[float, Credibility]:
+        """ρ beside the control, and the verdicts on the pool's labels."""
+        ours = np.flatnonzero(positions < self.pool)
+        rows = self.rows.select(positions[ours])
+        found = self.scorer.measurements(window.at(ours), model, rows, True)
+        null = found.null_loss, found.null_group
+        control = halves(len(self.rows), self.trusted, self.scorer.seed)[1]
+        seen = window.at(np.isin(positions, control))
+        loss, label = seen.column("loss"), seen.column("label")
+        group = label if self.kind == CLASSIFICATION else np.zeros(len(label), np.int32)
+        beside = null_percentiles(loss, group, *null)
+        u = null_percentiles(found.loss, found.group, *null)
+        return random_share(u, beside), credibility(found)
 
     def _mismatched(self, visits: int, model: nn.Module) -> np.ndarray:
         """Losses of mismatched pairs (M)."""
@@ -216,8 +240,11 @@ class OnlineScorer:
             return null_of_pairs(model, self.kind, self.rows, *how, dropout=True)[0]
 
     def inclusion(self) -> np.ndarray:
-        """q_i of the next epoch (N)."""
-        return inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
+        """How often each sample is in a round of the next epoch (N): q_i, of trusted ones k q_i."""
+        found = inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
+        if isinstance(self.judge, LabelVerdicts):
+            found[self.pool :] *= self.judge.worth
+        return found
 
     def scores(self, visits: Visits, model: nn.Module) -> QualityScores:
         """The scores of all N samples; terms of those never visited are NaN."""
@@ -248,6 +275,14 @@ class OnlineScorer:
         self.spent, self._ends = float(state["scoring"][0]), int(state["scoring"][1])
         kept = sum(key.startswith("pairs.") for key in state)
         self._pairs = [state[f"pairs.{i}"] for i in range(kept)]
+
+
+def first_of(scores: QualityScores, samples: int) -> QualityScores:
+    """The scores of the first so many, without the trusted rows that come after them."""
+    arrays = {f.name: getattr(scores, f.name) for f in fields(scores)}
+    kept = {name: a[:samples] for name, a in arrays.items() if isinstance(a, np.ndarray)}
+    probability = kept["probability"] / kept["probability"].sum()
+    return replace(scores, **{**kept, "probability": probability})
 
 
 def _spread(

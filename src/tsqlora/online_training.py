@@ -26,7 +26,7 @@ from tsqlora.judging import Judge
 from tsqlora.losses import sample_losses, target_lengths
 from tsqlora.measuring import as_numpy
 from tsqlora.null import FREE
-from tsqlora.online import POSITION, OnlineScorer, Visits
+from tsqlora.online import POSITION, OnlineScorer, Visits, first_of
 from tsqlora.progress import tell
 from tsqlora.quality import QualityScores
 from tsqlora.recording import Recorder, sample_weights, summed_loss
@@ -62,7 +62,9 @@ class OnlineTrainer(PoolTrainer):
         ConfigError: FSDP, DeepSpeed, or several GPUs in one process.
     """
 
-    def __init__(self, sampler: QualitySampler, scorer: Scorer, **settings: Any) -> None:
+    def __init__(
+        self, sampler: QualitySampler, scorer: Scorer, trusted: int = 0, **settings: Any
+    ) -> None:
         rows: Dataset = settings["train_dataset"]
         settings["train_dataset"] = rows.add_column(POSITION, np.arange(len(rows)))
         settings["data_collator"] = _WithPositions(settings["data_collator"])
@@ -70,7 +72,8 @@ class OnlineTrainer(PoolTrainer):
         refuse_shards(self.args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         batch_size = scorer.batch_size or self.args.per_device_train_batch_size
         scorer = replace(scorer, batch_size=batch_size)
-        self.visits, self.scoring = Visits(len(rows)), OnlineScorer(scorer, rows, self.kind)
+        self.visits = Visits(len(rows))
+        self.scoring = OnlineScorer(scorer, rows, self.kind, trusted)
         self.recorder: Recorder | None = None
         if scorer.wanted.terms:
             sketched = "convergence" in scorer.wanted.terms
@@ -206,10 +209,10 @@ class OnlineTrainer(PoolTrainer):
         return sample_weights(lengths, total, loss, over)
 
 
-def pool_trainer(scorer: Scorer) -> Callable[..., PoolTrainer]:
-    """The Trainer of `quality.mode`."""
+def pool_trainer(scorer: Scorer, trusted: int) -> Callable[..., PoolTrainer]:
+    """The Trainer of `quality.mode`; so many rows at the end of the pool are trusted."""
     online = scorer.quality.mode == "online"
-    return partial(OnlineTrainer, scorer=scorer) if online else PoolTrainer
+    return partial(OnlineTrainer, scorer=scorer, trusted=trusted) if online else PoolTrainer
 
 
 def keep_scores(trainer: PoolTrainer, folder: RunFolder) -> None:
@@ -219,7 +222,7 @@ def keep_scores(trainer: PoolTrainer, folder: RunFolder) -> None:
     inside = trainer.seconds
     if trainer.kind in FREE:
         trainer.close_window()  # the part of an epoch since the last one: at no pass
-    scores = trainer.scores()
+    scores = first_of(trainer.scores(), trainer.scoring.pool)
     if processes.is_main():
         with atomic_file(folder.scores) as file:
             scores.to_parquet(file)

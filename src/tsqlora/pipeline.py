@@ -48,6 +48,7 @@ from tsqlora.seals import seal, why_broken
 from tsqlora.selection import QualitySampler, unscored
 from tsqlora.sensitivity import HESSIAN, LayerSensitivity, layer_sensitivity
 from tsqlora.training import run_training
+from tsqlora.trusted import first_rows
 from tsqlora.two_parts import first_steps, last_arguments, scorer_of
 
 logger = logging.getLogger("tsqlora")
@@ -125,17 +126,16 @@ class Run:
 
     def _adapt(self, model: PeftModel, inputs: str) -> None:
         """In one process, whatever their number, so that all score under the same model."""
-        task, pool = self.inputs.task, self.inputs.splits.train
-        check_run(self.config, model, self.inputs.splits, task.collate)
+        task, splits = self.inputs.task, self.inputs.splits
+        check_run(self.config, model, splits, task.collate)
         first, folder = self.first, self.folder.adapting
         prepare_folder(folder, inputs)
         before = seconds_before(last_checkpoint(folder))
         passes = first.steps * first.batch
-        self.stages(
-            "score", f"first steps on the whole pool, {first.steps:,} of {first.batch:,} samples"
-        )
+        rows = first_rows(splits.train, splits.trusted, passes, self.config.seed)
+        self.stages("score", f"first steps, {first.steps:,} of {first.batch:,} samples")
         with processes.alone(), counted(self.folder, "adaptation", passes, before):
-            adapt_briefly(model, pool, task.collate, first, folder)
+            adapt_briefly(model, rows, task.collate, first, folder)
 
     def score(self) -> QualityScores:
         """Stage 1: the quality of every sample; all alike where none is scored before training."""
@@ -250,7 +250,7 @@ class Run:
             resume_from=checkpoint,
             sensitivity=starting.first_directions(self.config, self.folder),
         )
-        trainer = pool_trainer(self.scorer)(
+        trainer = pool_trainer(self.scorer, self.inputs.splits.trusted)(
             sampler,
             reported=Reported(dynamic.figures, of_samples(scores, len(sampler))),
             model=model,

@@ -1,0 +1,222 @@
+"""Trusted rows in a training that judges its targets: what they are worth, none of them lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from runs import class_rows, classification_run, seq2seq_run, write_rows
+from tiny import collate
+from tsqlora import QualityScores
+from tsqlora.cli import main
+from tsqlora.config import QualityConfig, RunConfig
+from tsqlora.credibility import ENOUGH, Credibility
+from tsqlora.errors import DataError
+from tsqlora.inputs import Inputs
+from tsqlora.judging import Judge
+from tsqlora.losses import CLASSIFICATION, SEQ2SEQ
+from tsqlora.online import OnlineScorer
+from tsqlora.online_training import STATE_FILE
+from tsqlora.pipeline import Run
+from tsqlora.scoring import Scorer
+from tsqlora.selection import rounds
+from tsqlora.trusted import MOST, ROUNDS, first_rows, halves, joined, random_share, worth
+
+QUIET = {
+    "adapt_steps": 0,
+    "mode": "auto",
+    "weights": {"gradient_norm": 0.0, "loss_reduction": 0.0, "convergence": 0.0},
+}
+
+
+def rows_of(samples: int, start: int = 0) -> Dataset:
+    numbers = range(start, start + samples)
+    return Dataset.from_list([{"id": i, "input_ids": [1, i], "labels": i % 2} for i in numbers])
+
+
+def mixed(random: np.random.Generator, samples: int, share: float) -> np.ndarray:
+    """Shares u of which so many are of targets drawn at random, the others hard but right."""
+    drawn = random.random(samples) < share
+    return np.where(drawn, random.random(samples), random.beta(1, 2, samples))
+
+
+@given(share=st.floats(0.3, MOST), seed=st.integers(0, 99))
+def test_the_share_drawn_at_random_is_found_beside_rows_that_are_as_hard(
+    share: float, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    u, control = mixed(random, 20_000, share), mixed(random, 20_000, 0.0)
+    assert random_share(u, control) == pytest.approx(share, abs=0.07)
+
+
+def test_hard_rows_without_random_ones_are_seldom_taken_for_any() -> None:
+    found = []
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        found.append(random_share(mixed(random, 2_000, 0.0), mixed(random, 150, 0.0)))
+    assert np.mean(np.asarray(found) > 0) < 0.06
+
+
+def test_nothing_is_known_by_few_rows_or_by_a_model_that_knows_nothing() -> None:
+    random = np.random.default_rng(0)
+    u, control = mixed(random, 2_000, 0.8), mixed(random, 150, 0.0)
+    assert random_share(u, control) > 0.5
+    assert random_share(u, control[: ENOUGH - 1]) == 0.0
+    assert random_share(random.random(2_000), random.random(150)) == 0.0
+
+
+@given(random=st.floats(0, 1), left_out=st.floats(0, 1))
+def test_a_trusted_row_is_worth_one_to_ten_others(random: float, left_out: float) -> None:
+    k = worth(random, left_out)
+    assert 1.0 <= k <= 1 / (1 - MOST) + 1e-9
+    assert k <= worth(random, 0.0) + 1e-9  # what is left out need not be outweighed
+    assert worth(min(random, MOST), 0.0) * (1 - min(random, MOST)) == pytest.approx(1.0)
+
+
+@settings(max_examples=25)
+@given(
+    pool=st.integers(1, 40),
+    trusted=st.integers(1, 20),
+    draws=st.integers(1, 200),
+    seed=st.integers(0, 5),
+)
+def test_first_steps_see_one_half_of_the_trusted_rows_and_never_the_control(
+    pool: int, trusted: int, draws: int, seed: int
+) -> None:
+    shown, control = halves(pool + trusted, trusted, seed)
+    assert sorted([*shown, *control]) == list(range(pool, pool + trusted))
+    ids = np.asarray(first_rows(rows_of(pool + trusted), trusted, draws, seed)["id"])
+    assert len(ids) == draws
+    assert not np.isin(ids, control).any()
+    times = np.bincount(ids, minlength=pool + trusted)
+    assert times[shown].sum() == min(draws, ROUNDS * len(shown))
+    assert np.ptp(times[:pool]) <= 1  # what is lacking comes from all of the pool alike
+
+
+def test_without_trusted_rows_the_first_steps_are_on_the_pool_itself() -> None:
+    rows = rows_of(5)
+    assert first_rows(rows, 0, 99, seed=0) is rows
+
+
+def test_trusted_rows_are_numbered_on_and_an_empty_reference_is_refused() -> None:
+    both = joined(rows_of(4), rows_of(3))
+    assert both["id"][:] == [*range(7)]
+    assert both["input_ids"][4:] == rows_of(3)["input_ids"][:]
+    with pytest.raises(DataError, match=r"quality\.reference holds no row"):
+        joined(rows_of(4), rows_of(4).select([]))
+
+
+def scorer_of(kind: str, pool: int, trusted: int) -> OnlineScorer:
+    quality = QualityConfig(mode="online", duplicates="all")
+    return OnlineScorer(Scorer(collate, quality), rows_of(pool + trusted), kind, trusted)
+
+
+def test_a_trusted_row_is_drawn_k_times_as_often_and_never_doubted() -> None:
+    scorer = scorer_of(CLASSIFICATION, 100, 20)
+    np.testing.assert_array_equal(scorer.inclusion(), np.ones(120))
+    scorer.judge.random = 0.75  # type: ignore[union-attr]
+    np.testing.assert_allclose(scorer.inclusion(), [1.0] * 100 + [4.0] * 20)
+    times = np.zeros(120)
+    for epoch in range(200):
+        np.add.at(times, rounds(scorer.inclusion(), 1.0, 0, epoch), 1)
+    assert times[100:].mean() / times[:100].mean() == pytest.approx(4, rel=0.1)
+    doubted = np.where(np.arange(100) < 50, 0.0, 1.0)
+    for _ in range(2):
+        scorer.judge.close(np.arange(100), Credibility(doubted, 0.5, ""))  # type: ignore
+    q = scorer.inclusion()
+    np.testing.assert_allclose(q[100:], 2.0)  # half is left out, so of the others half is random
+    np.testing.assert_allclose(q[50:100], 1.0)
+    assert (q[:50] < 0.1).all()
+    again = scorer_of(CLASSIFICATION, 100, 20)
+    again.load(scorer.state())
+    np.testing.assert_array_equal(again.inclusion(), q)
+
+
+def test_the_loss_of_a_trusted_row_of_generation_is_never_weighed_down() -> None:
+    judge = Judge(300, trusted=50)
+    random = np.random.default_rng(0)
+    loss = np.where(np.arange(250) < 125, random.normal(1, 0.1, 250), random.normal(9, 1, 250))
+    judge.close(np.arange(250), loss, random.normal(9, 1, 200))
+    assert judge.acting
+    weights = judge.weights(np.arange(200, 300), np.full(100, 9.0))
+    assert (weights[:50] < 0.5).all()
+    assert (weights[50:] == 1).all()
+
+
+def wrong_rows(samples: int, share: float) -> list[dict[str, Any]]:
+    """Class rows, a share of whose labels are those of other rows."""
+    rows = class_rows(samples, seed=5)
+    random = np.random.default_rng(0)
+    chosen = np.flatnonzero(random.random(samples) < share)
+    for i, j in zip(chosen, np.roll(chosen, 1), strict=True):
+        rows[i] = {**rows[i], "label": rows[j]["label"]}
+    return rows
+
+
+def test_a_run_trains_on_its_reference_and_writes_scores_of_the_pool_alone(tmp_path: Path) -> None:
+    reference = write_rows(tmp_path / "trusted.jsonl", class_rows(120, seed=9))
+    changes = {"quality": {**QUIET, "reference": str(reference)}, "training.num_train_epochs": 6}
+    config = classification_run(tmp_path, **changes)
+    write_rows(tmp_path / "train.jsonl", wrong_rows(400, 0.6))
+    found = RunConfig.from_yaml(config)
+    assert found.quality.mode == "online"
+    run = Run.start(found)
+    assert run.inputs.splits.trusted == 120
+    run.train()
+    assert main(["report", str(run.folder.path)]) == 0
+    scores = QualityScores.from_parquet(run.folder.scores)
+    assert scores.ids.tolist() == list(range(400))
+    assert scores.probability.sum() == pytest.approx(1.0)
+
+
+def test_a_long_enough_training_finds_its_labels_random_beside_the_reference(
+    tmp_path: Path,
+) -> None:
+    reference = write_rows(tmp_path / "trusted.jsonl", class_rows(200, seed=9))
+    changes = {
+        "quality": {**QUIET, "adapt_steps": 60, "reference": str(reference)},
+        "training.num_train_epochs": 2,
+        "training.save_strategy": "epoch",
+    }
+    config = classification_run(tmp_path, **changes)
+    write_rows(tmp_path / "train.jsonl", wrong_rows(400, 0.8))
+    run = Run.start(RunConfig.from_yaml(config))
+    run.train()
+    verdict = QualityScores.from_parquet(run.folder.scores).verdict
+    assert "beside the trusted ones" in verdict
+    saved = sorted(run.folder.training.glob(f"checkpoint-*/{STATE_FILE}"))
+    assert 0.4 < load_file(saved[-1])["judge.random"][0] <= MOST
+
+
+def test_generation_takes_a_reference_into_its_training_too(tmp_path: Path) -> None:
+    config = seq2seq_run(tmp_path, quality={**QUIET})
+    source = RunConfig.from_yaml(config).data.train
+    trusted = tmp_path / "trusted.jsonl"
+    trusted.write_text(Path(str(source)).read_text())
+    config = seq2seq_run(tmp_path, quality={**QUIET, "reference": str(trusted)})
+    run = Run.start(RunConfig.from_yaml(config))
+    pool = len(run.inputs.raw["train"])
+    assert len(run.inputs.splits.train) == pool + run.inputs.splits.trusted
+    run.train()
+    assert len(QualityScores.from_parquet(run.folder.scores).ids) == pool
+
+
+def test_a_trusted_label_that_training_lacks_is_named_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    rows = [*class_rows(5), {"text": "w7 w8", "label": "unheard"}]
+    reference = write_rows(tmp_path / "trusted.jsonl", rows)
+    config = classification_run(tmp_path, quality={**QUIET, "reference": str(reference)})
+    with pytest.raises(DataError, match=r"quality\.reference[\s\S]*row 5: the label 'unheard'"):
+        Inputs(RunConfig.from_yaml(config)).load()
+
+
+def test_seq2seq_is_judged_by_windows() -> None:
+    assert isinstance(scorer_of(SEQ2SEQ, 100, 20).judge, Judge)
