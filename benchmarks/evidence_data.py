@@ -30,6 +30,7 @@ class Task:
         samples: rows of train that a cell draws; None for all but the held-out ones.
         epochs: the cost of plain LoRA, in passes over those samples; every method's budget.
         rates: that are tried for every method.
+        tuning_seeds: on so many seeds.
         settings: other keys of the configuration.
     """
 
@@ -48,6 +49,7 @@ class Task:
     validation_rows: int = 400
     test_rows: int | None = None
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    tuning_seeds: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -248,7 +250,7 @@ TASKS: dict[str, Task] = {
              "sentence", "label", "accuracy", 2000, 3, test_rows=1000),
         Task("mrpc", "classification", MINILM, "mrpc/train.jsonl", "mrpc/test.jsonl",
              ["sentence1", "sentence2"], "label", "accuracy", 2900, 6, max_length=96,
-             test_rows=1000, rates=(2.5e-4, 5e-4, 1e-3)),
+             test_rows=1000, rates=(2.5e-4, 5e-4, 1e-3), tuning_seeds=4),
         Task("cola", "classification", MINILM, "cola/train.jsonl", "cola/validation.jsonl",
              "sentence", "label", "matthews_correlation", 2000, 3),
         Task("rte", "classification", MINILM, "rte/train.jsonl", "rte/validation.jsonl",

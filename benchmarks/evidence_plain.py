@@ -199,7 +199,7 @@ def _sound(cell: Cell, pool: Dataset) -> list[int]:
 
 def _trusted(cell: Cell) -> Dataset:
     source = str(cell.folder / "data" / "trusted.jsonl")
-    config = cell.config(quality={"reference": source})
+    config = cell.config(quality={"reference": source, "mode": "upfront"})  # apart from the pool
     trusted = Inputs(config).splits.reference
     assert trusted is not None
     return trusted

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from tsqlora.errors import ConfigError
 
 TUNING = "evidence_tuning.jsonl"
-TUNING_SEEDS, TUNED_ON, TUNING_ROWS = (1000, 1001), ("clean", "wrong20"), 2000
+FIRST_SEED, TUNED_ON, TUNING_ROWS = 1000, ("clean", "wrong20"), 2000
 """Seeds of no cell, conditions and rows of validation: a method's rate has the best mean over them.
 
 The rows are damaged as train is; there are so many because a rate's worth is less than the chance
-of a few hundred (benchmarks/LOG.md).
+of a few hundred. Where a task leaves fewer, its seeds are more (benchmarks/LOG.md).
 """
 TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds", "versions", "at")
 """What is kept of a trial."""
@@ -66,19 +66,23 @@ def untried(task: Task, found: Tried) -> list[tuple[str, int, float]]:
     """The trials that are missing: of the task's rates, then of twice the best, if that is the
     highest tried, or half of it, if it is the lowest."""
     wanted = set(task.rates)
-    if wanted <= set(whole := _whole(found)):
+    if wanted <= set(whole := _whole(task, found)):
         best = _best(whole)
         wanted = {2 * best} if best == max(whole) else {best / 2} if best == min(whole) else set()
     return [
         (condition, seed, rate)
-        for seed, condition, rate in product(TUNING_SEEDS, TUNED_ON, sorted(wanted))
+        for seed, condition, rate in product(_seeds(task), TUNED_ON, sorted(wanted))
         if (condition, seed) not in found.get(rate, {})
     ]
 
 
-def _whole(found: Tried) -> dict[float, float]:
+def _seeds(task: Task) -> range:
+    return range(FIRST_SEED, FIRST_SEED + task.tuning_seeds)
+
+
+def _whole(task: Task, found: Tried) -> dict[float, float]:
     """The mean metric of every rate that was tried in all cells."""
-    cells = len(TUNED_ON) * len(TUNING_SEEDS)
+    cells = len(TUNED_ON) * len(_seeds(task))
     return {
         rate: sum(values.values()) / cells for rate, values in found.items() if len(values) == cells
     }
@@ -101,7 +105,7 @@ def read_rate(task: Task, method: str, results: Path = RESULTS) -> float:
         raise ConfigError(
             f"{results / TUNING} has not all rates of {name} on {task.name}: run `tune` first."
         )
-    return _best(_whole(found))
+    return _best(_whole(task, found))
 
 
 def for_tuning(task: Task) -> Task:

@@ -138,6 +138,16 @@ def test_rounds_of_alike_samples_are_permutations(
     np.testing.assert_array_equal(found, rounds(np.ones(samples), fraction, seed, epoch))
 
 
+def test_a_round_holds_whom_it_is_to_hold_several_times_so_often_or_once_more() -> None:
+    wanted = np.asarray([1.0] * 6 + [2.5] * 2)
+    counts = [np.bincount(rounds(np.tile(wanted, 50), 1.0, 0, e), minlength=400) for e in range(50)]
+    several = np.tile(wanted, 50) > 1
+    assert np.max(counts) == 3
+    assert np.max(np.asarray(counts)[:, ~several]) == 1
+    ratio = np.mean(counts, axis=0)[several].mean() / np.mean(counts, axis=0)[~several].mean()
+    assert ratio == pytest.approx(2.5, rel=0.03)
+
+
 def test_rounds_hold_samples_as_often_as_their_inclusion_says() -> None:
     wanted = np.array([1.0, 0.5, 0.1, 0.0])
     drawn = np.concatenate([rounds(wanted, 1.0, 0, epoch) for epoch in range(4000)])

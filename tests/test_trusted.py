@@ -27,7 +27,7 @@ from tsqlora.online_training import STATE_FILE
 from tsqlora.pipeline import Run
 from tsqlora.scoring import Scorer
 from tsqlora.selection import rounds
-from tsqlora.trusted import MOST, ROUNDS, first_rows, halves, joined, random_share, worth
+from tsqlora.trusted import MOST, UNKNOWN, first_rows, halves, joined, random_share, worth
 
 QUIET = {
     "adapt_steps": 0,
@@ -68,8 +68,8 @@ def test_nothing_is_known_by_few_rows_or_by_a_model_that_knows_nothing() -> None
     random = np.random.default_rng(0)
     u, control = mixed(random, 2_000, 0.8), mixed(random, 150, 0.0)
     assert random_share(u, control) > 0.5
-    assert random_share(u, control[: ENOUGH - 1]) == 0.0
-    assert random_share(random.random(2_000), random.random(150)) == 0.0
+    assert np.isnan(random_share(u, control[: ENOUGH - 1]))
+    assert np.isnan(random_share(random.random(2_000), random.random(150)))
 
 
 @given(random=st.floats(0, 1), left_out=st.floats(0, 1))
@@ -96,7 +96,8 @@ def test_first_steps_see_one_half_of_the_trusted_rows_and_never_the_control(
     assert len(ids) == draws
     assert not np.isin(ids, control).any()
     times = np.bincount(ids, minlength=pool + trusted)
-    assert times[shown].sum() == min(draws, ROUNDS * len(shown))
+    assert times[shown].sum() == min(draws, len(shown))
+    assert times[shown].max(initial=0) <= 1
     assert np.ptp(times[:pool]) <= 1  # what is lacking comes from all of the pool alike
 
 
@@ -120,13 +121,15 @@ def scorer_of(kind: str, pool: int, trusted: int) -> OnlineScorer:
 
 def test_a_trusted_row_is_drawn_k_times_as_often_and_never_doubted() -> None:
     scorer = scorer_of(CLASSIFICATION, 100, 20)
-    np.testing.assert_array_equal(scorer.inclusion(), np.ones(120))
+    shown, _ = halves(120, 20, scorer.scorer.seed)
+    assert scorer.inclusion()[shown].tolist() == [UNKNOWN] * 10
+    assert scorer.inclusion().sum() == 110 + 10 * UNKNOWN
     scorer.judge.random = 0.75  # type: ignore[union-attr]
     np.testing.assert_allclose(scorer.inclusion(), [1.0] * 100 + [4.0] * 20)
     times = np.zeros(120)
     for epoch in range(200):
         np.add.at(times, rounds(scorer.inclusion(), 1.0, 0, epoch), 1)
-    assert times[100:].mean() / times[:100].mean() == pytest.approx(4, rel=0.1)
+    assert times[100:].mean() / times[:100].mean() == pytest.approx(4, rel=0.02)
     doubted = np.where(np.arange(100) < 50, 0.0, 1.0)
     for _ in range(2):
         scorer.judge.close(np.arange(100), Credibility(doubted, 0.5, ""))  # type: ignore
@@ -182,17 +185,17 @@ def test_a_long_enough_training_finds_its_labels_random_beside_the_reference(
     reference = write_rows(tmp_path / "trusted.jsonl", class_rows(200, seed=9))
     changes = {
         "quality": {**QUIET, "adapt_steps": 60, "reference": str(reference)},
-        "training.num_train_epochs": 2,
+        "training.num_train_epochs": 4,
         "training.save_strategy": "epoch",
     }
     config = classification_run(tmp_path, **changes)
-    write_rows(tmp_path / "train.jsonl", wrong_rows(400, 0.8))
+    write_rows(tmp_path / "train.jsonl", wrong_rows(400, 0.5))
     run = Run.start(RunConfig.from_yaml(config))
     run.train()
     verdict = QualityScores.from_parquet(run.folder.scores).verdict
     assert "beside the trusted ones" in verdict
     saved = sorted(run.folder.training.glob(f"checkpoint-*/{STATE_FILE}"))
-    assert 0.4 < load_file(saved[-1])["judge.random"][0] <= MOST
+    assert 0.2 < load_file(saved[-1])["judge.random"][0] <= MOST
 
 
 def test_generation_takes_a_reference_into_its_training_too(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ class QualityConfig:
 
     `fraction` of the pool is kept, or drawn each epoch, more sharply at a lower `temperature`.
     `preset: paper` is the paper's literal formula: one subset kept, no reference. `reference` is a
-    source of trusted samples, or the word validation. `adapt_steps` optimizer steps on the whole
+    source of trusted samples, which online are trained on too (`trusted.py`); or the word
+    validation, whose samples are only scored by. `adapt_steps` optimizer steps on the whole
     pool come before scoring; null takes as many as the training itself after, at most 500.
 
     `lookahead` is how the loss reduction of a sample's own step is had: exact by a further forward;
@@ -109,8 +110,8 @@ class QualityConfig:
     which takes passes of its own. `none` scores nothing. For both `fraction` is 1 by default, 0.5
     else, and null in `adapt_steps` is a tenth of the training's steps under a new head (classes,
     numbers), which layers are measured after, and no step in generation. `auto` is online, or
-    upfront where something is asked for that only it can do: preset paper, a reference, the loss
-    reduction, lookahead, depth, and training.fsdp or deepspeed.
+    upfront where something is asked for that only it can do: preset paper, the reference validation,
+    the loss reduction, lookahead, depth, and training.fsdp or deepspeed.
 
     `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).
     """

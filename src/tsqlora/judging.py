@@ -120,10 +120,10 @@ class LabelVerdicts(Verdicts):
     """Of classes and numbers, judged once an epoch.
 
     Attributes:
-        random: ρ of the pool by the first window beside trusted rows (`trusted.random_share`).
+        random: ρ of the pool beside trusted rows (`trusted.random_share`), NaN where not known.
     """
 
-    random = 0.0
+    random = np.nan
 
     @property
     def heeded(self) -> Floats:
@@ -134,7 +134,7 @@ class LabelVerdicts(Verdicts):
     def verdict(self) -> str:
         """One sentence for the user, and what is known beside trusted samples."""
         told = super().verdict
-        if self.random:
+        if self.random > 0:
             told += (
                 f"; beside the trusted ones {self.random:.0%} or more say nothing of their input"
             )
@@ -142,7 +142,7 @@ class LabelVerdicts(Verdicts):
 
     @property
     def worth(self) -> float:
-        """How often a trusted row is drawn beside one of the pool that is not doubted."""
+        """How often a trusted row is drawn beside one of the pool that is not doubted, ρ known."""
         return worth(self.random, float(1 - drawable(self.heeded[: self.pool]).mean()))
 
     def close(self, positions: Ints, found: Credibility) -> None:

@@ -34,7 +34,7 @@ from tsqlora.null import FREE, NULL_SAMPLES, null_of_pairs
 from tsqlora.quality import Floats, QualityScores, credibility, quality_scores, tempered
 from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size, drawn, unscored
-from tsqlora.trusted import halves, random_share
+from tsqlora.trusted import UNKNOWN, halves, random_share
 
 POSITION = "position"
 """The column that holds a sample's row in the pool."""
@@ -207,7 +207,8 @@ class OnlineScorer:
         ours = positions < self.pool
         if isinstance(self.judge, LabelVerdicts):
             random, found = processes.from_main(lambda: self._of_labels(positions, window, model))
-            self.judge.random = self.judge.random if self.judge.windows else random
+            if np.isnan(self.judge.random):
+                self.judge.random = random
             self.judge.close(positions[ours], found)
             return
         positions, window = positions[ours], window.at(ours)
@@ -242,7 +243,11 @@ class OnlineScorer:
     def inclusion(self) -> np.ndarray:
         """How often each sample is in a round of the next epoch (N): q_i, of trusted ones k q_i."""
         found = inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
-        if isinstance(self.judge, LabelVerdicts):
+        if not isinstance(self.judge, LabelVerdicts) or self.trusted == 0:
+            return found
+        if np.isnan(self.judge.random):
+            found[halves(len(found), self.trusted, self.scorer.seed)[0]] *= UNKNOWN
+        else:
             found[self.pool :] *= self.judge.worth
         return found
 

@@ -59,19 +59,22 @@ def draw(
 def rounds(
     inclusion: NDArray[np.floating], fraction: float, seed: int, epoch: int = 0
 ) -> NDArray[np.int64]:
-    """⌈fraction·N⌉ positions from rounds that hold each sample with probability ∝ `inclusion` (N).
+    """⌈fraction·N⌉ positions from rounds that hold each sample `inclusion` (N) times on average.
 
-    The likeliest are in every round, which is in random order; as many follow each other as it
-    takes. Where all are alike they are permutations of the pool. The same arguments always give
-    the same draw.
+    That is with this probability, or, where it is above 1, so often or once more. Below 1 all grow
+    alike until the likeliest are in every round. Rounds are in random order; as many follow each
+    other as it takes. Where all are alike they are permutations of the pool. The same arguments
+    always give the same draw.
     """
     size, random = draw_size(len(inclusion), fraction), np.random.default_rng([seed, epoch])
     if not inclusion.any():
         inclusion = np.ones(len(inclusion))
-    inclusion = inclusion / inclusion.max()
+    inclusion = inclusion / min(inclusion.max(), 1.0)
+    whole, part = np.divmod(inclusion, 1.0)
     found: list[NDArray[np.int64]] = []
     while sum(map(len, found)) < size:
-        found.append(random.permutation(np.flatnonzero(random.random(len(inclusion)) < inclusion)))
+        times = whole.astype(np.int64) + (random.random(len(part)) < part)
+        found.append(random.permutation(np.repeat(np.arange(len(times)), times)))
     return np.concatenate(found)[:size]
 
 

@@ -13,9 +13,10 @@ times as often. ρ follows from losses, as shares u of the losses of wrong targe
     mean u = (1 - ρ) mean u' + ρ / 2,
 
 u' of trusted rows that the model has seen as often as the pool's. Hard is not taken for wrong, as
-the trusted rows are as hard. One half of them is this control and comes in the first epoch once,
-as every row does. The other half is what the first steps train on, before anything is measured
-under a new head: labels that are wrong in two of five teach a model next to nothing in so few.
+the trusted rows are as hard. One half of them is this control: as long as ρ is not known it comes
+once an epoch, as every row does, the other half `UNKNOWN` times. The first steps, before anything
+is measured under a new head, begin with that half: labels that are wrong in two of five teach a
+model next to nothing in so few.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from datasets import Dataset, concatenate_datasets
 from tsqlora.credibility import ENOUGH, Floats, Ints
 from tsqlora.errors import DataError
 
-ROUNDS = 3
-"""Times at most that the first steps see a trusted row; what they lack is drawn from the pool."""
+UNKNOWN = 3.0
+"""How often trusted rows of the half that is no control are drawn as long as ρ is not known."""
 MOST = 0.9
 """ρ at most, so that a trusted row comes at most ten times as often."""
 KNOWS, CLEAR = 3.0, 2.0
@@ -58,10 +59,10 @@ def halves(rows: int, trusted: int, seed: int) -> tuple[Ints, Ints]:
 
 
 def first_rows(rows: Dataset, trusted: int, draws: int, seed: int) -> Dataset:
-    """So many for the first steps: the trusted half in `ROUNDS` rounds, then some of the pool."""
+    """So many for the first steps: the trusted half that is no control, then some of the pool."""
     if 0 in (trusted, draws):
         return rows
-    shown = np.tile(halves(len(rows), trusted, seed)[0], ROUNDS)[:draws]
+    shown = halves(len(rows), trusted, seed)[0][:draws]
     others = np.random.default_rng(seed).permutation(len(rows) - trusted)
     lacking = np.resize(others, draws - len(shown))
     return rows.select(np.concatenate([shown, lacking]))
@@ -70,16 +71,16 @@ def first_rows(rows: Dataset, trusted: int, draws: int, seed: int) -> Dataset:
 def random_share(u: Floats, control: Floats) -> float:
     """ρ of the pool, by its u (N) and the control's (M); 0 where chance could be all of it.
 
-    Nothing is known by fewer than `ENOUGH` control rows, nor by a model that does not tell their
+    NaN, not known, by fewer than `ENOUGH` control rows and by a model that does not tell their
     targets from wrong ones yet.
     """
     if min(len(control), len(u)) < ENOUGH:
-        return 0.0
+        return np.nan
     gap, above = 0.5 - control.mean(), u.mean() - control.mean()
     error = np.sqrt(control.var() / len(control) + u.var() / len(u))
-    if gap < KNOWS * error or above < CLEAR * error:
-        return 0.0
-    return float(min(above / gap, MOST))
+    if gap < KNOWS * error:
+        return np.nan
+    return float(min(above / gap, MOST)) if above > CLEAR * error else 0.0
 
 
 def worth(random: float, left_out: float) -> float:
