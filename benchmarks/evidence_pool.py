@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -53,26 +53,37 @@ def measured_all(
     """Every job and its line, as they are done.
 
     Raises:
-        SystemExit: jobs failed in processes of the pool; it names them, once the others are done.
+        SystemExit: jobs failed; it names them, once the others are done.
     """
-    waiting = list(jobs)
-    if pool is None:
-        yield from ((job, job.line()) for job in tqdm(waiting, desc=what, unit="cell"))
-        return
-    failed = []
-    given: dict[Future[dict[str, Any]], Job] = {pool.submit(job.line): job for job in waiting}
+    waiting, failed = list(jobs), []
+    done = _in_turn(waiting) if pool is None else _at_once(waiting, pool)
+    for job, result in tqdm(done, desc=what, unit="cell", total=len(waiting)):
+        try:
+            line = result()
+        except Exception as error:  # noqa: PERF203  a cell takes minutes
+            failed.append(f"{job.key}: {type(error).__name__}: {error}")
+            tqdm.write(failed[-1])
+        else:
+            yield job, line
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} cells failed:", *failed]))
+
+
+Done = Iterator[tuple[Job, Callable[[], dict[str, Any]]]]
+
+
+def _in_turn(jobs: list[Job]) -> Done:
+    return ((job, job.line) for job in jobs)
+
+
+def _at_once(jobs: list[Job], pool: Executor) -> Done:
+    given = {pool.submit(job.line): job for job in jobs}
     try:
-        for done in tqdm(as_completed(given), desc=what, unit="cell", total=len(given)):
-            if error := done.exception():
-                failed.append(f"{given[done].key}: {type(error).__name__}: {error}")
-                tqdm.write(failed[-1])
-            else:
-                yield given[done], done.result()
+        for done in as_completed(given):
+            yield given[done], done.result
     finally:
         for unfinished in given:
             unfinished.cancel()
-    if failed:
-        raise SystemExit("\n".join([f"{len(failed)} cells failed:", *failed]))
 
 
 def starting(processes: int) -> None:

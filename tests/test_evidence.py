@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, mor
 from evidence_pool import Job, measured_all
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import front_page, in_order, tables
-from evidence_tuning import TUNED_ON, TUNING_SEEDS, for_tuning, read_rate, tried, untried
+from evidence_tuning import TUNED_ON, for_tuning, read_rate, tried, untried
 
 from tsqlora.errors import ConfigError
 
@@ -76,19 +77,21 @@ def trials(task: Task, folder: Path, worth: Callable[[float], float]) -> list[fl
                     "rate": rate, "validation": worth(rate)}  # fmt: skip
             with file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(line) + "\n")
-    assert len(file.read_text().splitlines()) == len(asked) * len(TUNED_ON) * len(TUNING_SEEDS)
+    assert len(file.read_text().splitlines()) == len(asked) * len(TUNED_ON) * task.tuning_seeds
     assert read_rate(task, "oracle", folder) == max(asked, key=worth)
     return asked
 
 
 @pytest.mark.parametrize(
-    ("best", "more"), [(2e-3, []), (1e-2, [8e-3, 1.6e-2]), (6e-4, [5e-4, 2.5e-4])]
-)
+    ("name", "best", "more"),
+    [("trec", 2e-3, []), ("trec", 1e-2, [8e-3, 1.6e-2]), ("trec", 6e-4, [5e-4, 2.5e-4]),
+     ("mrpc", 5e-4, [])],
+)  # fmt: skip
 def test_a_rate_is_tuned_until_the_best_is_not_at_an_edge(
-    best: float, more: list[float], tmp_path: Path
+    name: str, best: float, more: list[float], tmp_path: Path
 ) -> None:
-    asked = trials(TASKS["trec"], tmp_path, lambda rate: -abs(math.log(rate / best)))
-    assert asked == [*TASKS["trec"].rates, *more]
+    asked = trials(TASKS[name], tmp_path, lambda rate: -abs(math.log(rate / best)))
+    assert asked == [*TASKS[name].rates, *more]
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ class Fails(Job):
         return {"seed": self.seed}
 
 
-def test_a_cell_that_fails_is_named_when_all_others_are_done() -> None:
+@pytest.mark.parametrize("at_once", [ThreadPoolExecutor, lambda _: nullcontext()])
+def test_a_cell_that_fails_is_named_when_all_others_are_done(at_once: Callable[..., Any]) -> None:
     jobs = [Fails(TASKS["trec"], "clean", "lora", seed, 1e-3) for seed in range(5)]
-    with ThreadPoolExecutor(2) as pool:
+    with at_once(2) as pool:
         lines = measured_all(jobs, pool, "cells")
         found = {(job.seed, line["seed"]) for job, line in islice(lines, 3)}
         with pytest.raises(SystemExit, match="2 cells failed") as end:
