@@ -40,7 +40,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = class_rows(ROWS)
     as_sentences = [{"sentence": row["text"], "label": row["label"]} for row in rows]
     write_rows(folder / "train.jsonl", as_sentences)
-    write_rows(folder / "more.jsonl", as_sentences[:20])
+    for name in ("more", "trusted"):
+        write_rows(folder / f"{name}.jsonl", as_sentences[:20])
     for name, column in (("data", "sentence"), ("reviews", "text"), ("more", "text")):
         lines = [f"{row['text']},{row['label']}" for row in rows]
         (folder / f"{name}.csv").write_text("\n".join([f"{column},label", *lines]) + "\n")

@@ -62,6 +62,7 @@ def configuration(seen: Seen, name: str) -> str:
         f"longest {most}",
         f"  max_length: {seen.max_length}",
         "quality: {mode: online}  # targets are judged while training; upfront: before; none: not",
+        "# reference: trusted.jsonl in it takes rows that you know to be right, apart from train",
         "ranks: {mean_rank: 8}  # the budget: as many parameters as LoRA of rank 8 everywhere",
         "training:  # any key of transformers.TrainingArguments",
         f"  learning_rate: {RATES[task]:.1e}",
