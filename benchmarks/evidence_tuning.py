@@ -64,11 +64,13 @@ def tried(task: str, method: str, results: Path) -> Tried:
 
 def untried(task: Task, found: Tried) -> list[tuple[str, int, float]]:
     """The trials that are missing: of the task's rates, then of twice the best, if that is the
-    highest tried, or half of it, if it is the lowest."""
+    highest tried, or half of it, if it is the lowest; of none where another one is as good."""
     wanted = set(task.rates)
     if wanted <= set(whole := _whole(task, found)):
         best = _best(whole)
         wanted = {2 * best} if best == max(whole) else {best / 2} if best == min(whole) else set()
+        if list(whole.values()).count(whole[best]) > 1:
+            wanted = set()
     return [
         (condition, seed, rate)
         for seed, condition, rate in product(_seeds(task), TUNED_ON, sorted(wanted))

@@ -94,6 +94,10 @@ def test_a_rate_is_tuned_until_the_best_is_not_at_an_edge(
     assert asked == [*TASKS[name].rates, *more]
 
 
+def test_rates_that_are_all_alike_are_not_tried_for_ever(tmp_path: Path) -> None:
+    assert trials(TASKS["trec"], tmp_path, lambda rate: 9.0) == [*TASKS["trec"].rates]
+
+
 @dataclass(frozen=True)
 class Fails(Job):
     """A cell that fails for odd seeds."""
