@@ -110,7 +110,7 @@ class QualityConfig:
     which takes passes of its own. `none` scores nothing. For both `fraction` is 1 by default, 0.5
     else, and null in `adapt_steps` is a tenth of the training's steps under a new head (classes,
     numbers), which layers are measured after, and no step in generation. `auto` is online, or
-    upfront where something is asked for that only it can do: preset paper, the reference validation,
+    upfront where something is asked for that only it can do: preset paper, `reference: validation`,
     the loss reduction, lookahead, depth, and training.fsdp or deepspeed.
 
     `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).

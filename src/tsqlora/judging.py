@@ -135,9 +135,7 @@ class LabelVerdicts(Verdicts):
         """One sentence for the user, and what is known beside trusted samples."""
         told = super().verdict
         if self.random > 0:
-            told += (
-                f"; beside the trusted ones {self.random:.0%} or more say nothing of their input"
-            )
+            told += f"; beside the trusted ones about {self.random:.0%} look drawn at random"
         return told
 
     @property
