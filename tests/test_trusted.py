@@ -36,9 +36,9 @@ QUIET = {
 }
 
 
-def rows_of(samples: int, start: int = 0) -> Dataset:
-    numbers = range(start, start + samples)
-    return Dataset.from_list([{"id": i, "input_ids": [1, i], "labels": i % 2} for i in numbers])
+def rows_of(samples: int) -> Dataset:
+    rows = [{"id": i, "input_ids": [1, i], "labels": i % 2} for i in range(samples)]
+    return Dataset.from_list(rows)
 
 
 def mixed(random: np.random.Generator, samples: int, share: float) -> np.ndarray:

@@ -30,14 +30,13 @@ def mode_conflicts(quality: Any, given: Mapping[str, Any]) -> Iterator[str]:
             "quality.weights.loss_reduction takes a forward of its own, which quality.mode: online "
             "does without; set it to 0, or use mode: upfront"
         )
+    trained_on = mode == "online" and quality.reference != "validation"
     upfront = {
         "preset: paper": quality.preset == "paper",
-        "reference": quality.reference is not None,
+        "reference": quality.reference is not None and not trained_on,
         "depth": quality.depth < 1,
         "lookahead": quality.lookahead != "exact",
     }
-    if mode == "online" and quality.reference != "validation":
-        upfront["reference"] = False
     if mode != "upfront":
         for key in (key for key, there in upfront.items() if there):
             yield f"quality.{key} is for quality.mode: upfront; leave it out"

@@ -31,7 +31,14 @@ from tsqlora.judging import (
 from tsqlora.losses import CLASSIFICATION
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_pairs
-from tsqlora.quality import Floats, QualityScores, credibility, quality_scores, tempered
+from tsqlora.quality import (
+    Floats,
+    Measurements,
+    QualityScores,
+    credibility,
+    quality_scores,
+    tempered,
+)
 from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size, drawn, unscored
 from tsqlora.trusted import UNKNOWN, halves, random_share
@@ -207,8 +214,7 @@ class OnlineScorer:
         ours = positions < self.pool
         if isinstance(self.judge, LabelVerdicts):
             random, found = processes.from_main(lambda: self._of_labels(positions, window, model))
-            if np.isnan(self.judge.random):
-                self.judge.random = random
+            self.judge.random = random
             self.judge.close(positions[ours], found)
             return
         positions, window = positions[ours], window.at(ours)
@@ -220,18 +226,25 @@ class OnlineScorer:
     def _of_labels(
         self, positions: np.ndarray, window: Window, model: nn.Module
     ) -> tuple[float, Credibility]:
-        """ρ beside the control, and the verdicts on the pool's labels."""
+        """ρ, if not known before beside the control, and the verdicts on the pool's labels."""
         ours = np.flatnonzero(positions < self.pool)
         rows = self.rows.select(positions[ours])
         found = self.scorer.measurements(window.at(ours), model, rows, True)
-        null = found.null_loss, found.null_group
+        assert isinstance(self.judge, LabelVerdicts)
+        random = self.judge.random
+        if self.trusted and np.isnan(random):
+            random = self._random(positions, window, found)
+        return random, credibility(found)
+
+    def _random(self, positions: np.ndarray, window: Window, pool: Measurements) -> float:
+        """ρ of a window's samples of the pool beside those of the control."""
+        null = pool.null_loss, pool.null_group
         control = halves(len(self.rows), self.trusted, self.scorer.seed)[1]
         seen = window.at(np.isin(positions, control))
         loss, label = seen.column("loss"), seen.column("label")
         group = label if self.kind == CLASSIFICATION else np.zeros(len(label), np.int32)
-        beside = null_percentiles(loss, group, *null)
-        u = null_percentiles(found.loss, found.group, *null)
-        return random_share(u, beside), credibility(found)
+        u = null_percentiles(pool.loss, pool.group, *null)
+        return random_share(u, null_percentiles(loss, group, *null))
 
     def _mismatched(self, visits: int, model: nn.Module) -> np.ndarray:
         """Losses of mismatched pairs (M)."""
