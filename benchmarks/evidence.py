@@ -9,8 +9,9 @@ Run: .venv/bin/pip install -c constraints.txt -e '.[demo,bench]'
      .venv/bin/python benchmarks/evidence.py tables            # Markdown, and plots
 
 Each finished cell is a line of results/evidence.jsonl, each rate tried one of
-results/evidence_tuning.jsonl; what is there is skipped, so it may be stopped at any time. Nothing
-in the tables is written by hand.
+results/evidence_tuning.jsonl; what is there is skipped, so it may be stopped at any time, unless
+its rate is not the tuned one any more: then it is measured again, and the last line of a cell
+counts. Nothing in the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -31,17 +32,21 @@ from tqdm import tqdm
 
 
 def run(keys: Iterable[Key], epochs: float | None, results: Path, pool: Executor | None) -> None:
-    """Each cell that is not there yet; others may run beside on other shares.
+    """Each cell that is not there at its tuned rate; others may run beside on other shares.
 
     Seconds are compared with plain LoRA's where both were taken here: machines differ by the day.
 
     Raises:
         ConfigError: a rate is not tuned yet.
     """
-    there = set(map(key, read_cells(results)))
-    missing = [each for each in keys if each not in there]
-    rates = {(t, m): read_rate(TASKS[t], m, results) for t, m in {(t, m) for t, _, m, _ in missing}}
-    jobs = [Job(TASKS[t], c, m, seed, rates[t, m], epochs) for t, c, m, seed in missing]
+    wanted = list(keys)
+    rates = {(t, m): read_rate(TASKS[t], m, results) for t, m in {(t, m) for t, _, m, _ in wanted}}
+    there = {key(line): line["config"]["learning_rate"] for line in read_cells(results)}
+    jobs = [
+        Job(TASKS[t], c, m, seed, rates[t, m], epochs)
+        for t, c, m, seed in wanted
+        if there.get((t, c, m, seed)) != rates[t, m]
+    ]
     seconds = dict[Key, float]()
     for job, line in measured_all(jobs, pool, "cells"):
         task, condition, method, seed = job.key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import evidence
 from evidence_claims import claims
 from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_pool import Job, measured_all
@@ -123,6 +124,26 @@ def test_a_cell_that_fails_is_named_when_all_others_are_done(at_once: Callable[.
 def test_no_rate_is_taken_before_all_trials_are_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `tune` first"):
         read_rate(TASKS["trec"], "lora", tmp_path)
+
+
+def test_a_cell_is_measured_again_once_its_rate_is_not_the_tuned_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(jobs: list[Job], *_: object) -> Iterator[tuple[Job, dict[str, Any]]]:
+        for job in jobs:
+            names = dict(zip(("task", "condition", "method", "seed"), job.key, strict=True))
+            asked.append(job.rate)
+            config = {"learning_rate": job.rate}
+            yield job, {**names, "config": config, "metric": 1.0, "cost": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(evidence, "measured_all", measured)
+    for best, wanted in ((2e-3, [2e-3, 2e-3]), (1e-3, [1e-3, 1e-3]), (1e-3, [])):
+        (tmp_path / "evidence_tuning.jsonl").unlink(missing_ok=True)
+        trials(TASKS["trec"], tmp_path, lambda rate, best=best: -abs(math.log(rate / best)))
+        asked: list[float] = []
+        evidence.run([("trec", "clean", "lora", s) for s in range(2)], None, tmp_path, None)
+        assert asked == wanted
+    assert len((tmp_path / "evidence.jsonl").read_text().splitlines()) == 4
 
 
 def test_rates_are_judged_on_rows_of_no_cell(own: Path) -> None:
