@@ -105,6 +105,32 @@ def test_labels_are_heeded_from_the_second_epoch_on_and_unknown_ones_stand() -> 
     assert other.verdict == judge.verdict
 
 
+@given(
+    st.lists(st.tuples(st.dictionaries(st.integers(0, 5), st.floats(0, 1)), st.booleans()),
+             max_size=6)
+)  # fmt: skip
+def test_draws_go_by_the_last_verdict_on_a_label_and_users_are_told_the_mean_after_the_first(
+    windows: list[tuple[dict[int, float], bool]],
+) -> None:
+    judge = LabelVerdicts(6)
+    for found, known in windows:
+        values = np.array(list(found.values()))
+        share = 0.1 if known else float("nan")
+        judge.close(np.array(list(found), dtype=int), Credibility(values, share, ""))
+    resumed = LabelVerdicts(6)
+    resumed.load(judge.state())
+    for of in (judge, resumed):
+        for i in range(6):
+            said = [
+                (w, found[i]) for w, (found, known) in enumerate(windows) if known and i in found
+            ]
+            later = [c for w, c in said if w > 0]
+            last = said[-1][1] if said else 1.0
+            assert of.heeded[i] == (last if len(windows) > 1 else 1.0)
+            assert of.told[i] == pytest.approx(np.mean(later) if later else last)
+            assert of.judged[i] == bool(said)
+
+
 def test_the_state_of_a_judge_comes_back_the_same() -> None:
     judge, other = Judge(500), Judge(500)
     loss, _, null = window(500, WRONG)

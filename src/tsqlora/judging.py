@@ -86,9 +86,14 @@ class Verdicts:
         return self.credibility
 
     @property
+    def told(self) -> Floats:
+        """The c_i that users are told (N)."""
+        return self.credibility
+
+    @property
     def wrong_share(self) -> float:
         """The share of wrong targets among those judged, 1 - mean c; NaN where none is."""
-        return float(1 - self.credibility[self.judged].mean()) if self.judged.any() else np.nan
+        return float(1 - self.told[self.judged].mean()) if self.judged.any() else np.nan
 
     @property
     def verdict(self) -> str:
@@ -119,11 +124,26 @@ class Verdicts:
 class LabelVerdicts(Verdicts):
     """Of classes and numbers, judged once an epoch.
 
+    Draws go by the last verdict on a sample, users are told the mean of all but those of the first
+    window. Once the doubted are hardly drawn, a window in which little looks wrong clears what it
+    still holds of them, while a label that was trained on costs less each time: the last verdicts
+    tell wrong from sound worse from window to window, their mean does not (benchmarks/LOG.md).
+
     Attributes:
         random: ρ of the pool beside trusted rows (`trusted.random_share`), NaN where not known.
+        total, times: the sum and the number of the verdicts since the first window (N).
     """
 
     random = np.nan
+
+    def __init__(self, samples: int, trusted: int = 0) -> None:
+        super().__init__(samples, trusted)
+        self.total, self.times = np.zeros(samples), np.zeros(samples)
+
+    @property
+    def told(self) -> Floats:
+        """The mean of c_i over the windows after the first that judged i (N), else the last c_i."""
+        return np.where(self.times, self.total / np.maximum(self.times, 1), self.credibility)
 
     @property
     def heeded(self) -> Floats:
@@ -148,14 +168,19 @@ class LabelVerdicts(Verdicts):
         self.windows += 1
         if found.known:
             self.credibility[positions], self.judged[positions] = found.values, True
+            if self.windows > 1:
+                self.total[positions] += found.values
+                self.times[positions] += 1
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it as arrays."""
-        return {**super().state(), "judge.random": np.asarray([self.random])}
+        own = {"random": np.asarray([self.random]), "total": self.total, "times": self.times}
+        return {**super().state(), **{f"judge.{name}": values for name, values in own.items()}}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         super().load(state)
+        self.total, self.times = (state[f"judge.{name}"].copy() for name in ("total", "times"))
         self.random = float(state["judge.random"][0])
 
 

@@ -332,7 +332,7 @@ def _spread(
         gradient_norm=whole(found.gradient_norm, np.nan),
         loss_reduction=whole(found.loss_reduction, np.nan),
         convergence=whole(found.convergence, np.nan),
-        credibility=judge.credibility,
+        credibility=judge.told,
         wrong_share=judge.wrong_share,
         quality=whole(found.quality, found.quality.max()),
         prediction=predicted(),
