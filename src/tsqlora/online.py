@@ -177,11 +177,13 @@ class OnlineScorer:
         duplicates: the group of near-duplicates of each sample (N).
         spent: passes of its own that scoring has taken so far.
         pool: how many samples are judged; those after them are trusted (`trusted.py`).
+        shown, control: the two halves of the trusted ones' positions.
     """
 
     def __init__(self, scorer: Scorer, rows: Dataset, kind: str, trusted: int = 0) -> None:
         self.scorer, self.rows, self.kind = scorer, rows, kind
         self.pool, self.trusted = len(rows) - trusted, trusted
+        self.shown, self.control = halves(len(rows), trusted, scorer.seed)
         self.judge: Judge | LabelVerdicts = (
             LabelVerdicts(len(rows), trusted) if kind in FREE else Judge(len(rows), trusted)
         )
@@ -239,8 +241,7 @@ class OnlineScorer:
     def _random(self, positions: np.ndarray, window: Window, pool: Measurements) -> float:
         """ρ of a window's samples of the pool beside those of the control."""
         null = pool.null_loss, pool.null_group
-        control = halves(len(self.rows), self.trusted, self.scorer.seed)[1]
-        seen = window.at(np.isin(positions, control))
+        seen = window.at(np.isin(positions, self.control))
         loss, label = seen.column("loss"), seen.column("label")
         group = label if self.kind == CLASSIFICATION else np.zeros(len(label), np.int32)
         u = null_percentiles(pool.loss, pool.group, *null)
@@ -259,7 +260,7 @@ class OnlineScorer:
         if not isinstance(self.judge, LabelVerdicts) or self.trusted == 0:
             return found
         if np.isnan(self.judge.random):
-            found[halves(len(found), self.trusted, self.scorer.seed)[0]] *= UNKNOWN
+            found[self.shown] *= UNKNOWN
         else:
             found[self.pool :] *= self.judge.worth
         return found

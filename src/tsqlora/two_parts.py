@@ -1,7 +1,8 @@
 """One training in two parts: first steps on the whole pool, the others on what is drawn by quality.
 
-The learning rate falls over both as over one training by the configuration; in between, samples and
-layers are measured.
+Where some rows are trusted the first steps begin with a half of those (`trusted.py`). The learning
+rate falls over both as over one training by the configuration; in between, samples and layers are
+measured.
 """
 
 from __future__ import annotations
