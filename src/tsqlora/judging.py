@@ -153,10 +153,10 @@ class LabelVerdicts(Verdicts):
     @property
     def verdict(self) -> str:
         """One sentence for the user, and what is known beside trusted samples."""
-        told = super().verdict
+        said = super().verdict
         if self.random > 0:
-            told += f"; beside the trusted ones about {self.random:.0%} look drawn at random"
-        return told
+            said += f"; beside the trusted ones about {self.random:.0%} look drawn at random"
+        return said
 
     @property
     def worth(self) -> float:
