@@ -146,6 +146,11 @@ def test_a_cell_is_measured_again_once_its_rate_is_not_the_tuned_one(
     assert len((tmp_path / "evidence.jsonl").read_text().splitlines()) == 4
 
 
+def test_of_a_cell_measured_again_the_last_line_counts() -> None:
+    cells = Cells(in_order([line("lora", 0, 50.0), line("tsqlora", 0, 1.0), line("lora", 0, 60.0)]))
+    assert [x["metric"] for x in cells.lines.values() if x["method"] == "lora"] == [60.0]
+
+
 def test_rates_are_judged_on_rows_of_no_cell(own: Path) -> None:
     task = replace(more_tasks(own)["mine"], samples=300)
     tuning = for_tuning(task)
