@@ -1,4 +1,4 @@
-"""Brief adaptation: steps on the whole pool, so that losses and gradients tell of the samples.
+"""Brief adaptation: steps on rows drawn alike, so that losses and gradients tell of the samples.
 
 At a fresh classification head or B = 0 a sample's gradient is mostly noise. The final adapter
 starts from the adapted one, so these steps are the first part of the training (docs/choices.md).

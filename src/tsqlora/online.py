@@ -213,27 +213,26 @@ class OnlineScorer:
         if taken is None:
             return
         positions, window = taken
-        ours = positions < self.pool
-        if isinstance(self.judge, LabelVerdicts):
-            random, found = processes.from_main(lambda: self._of_labels(positions, window, model))
-            self.judge.random = random
-            self.judge.close(positions[ours], found)
+        judge, ours = self.judge, positions < self.pool
+        if isinstance(judge, LabelVerdicts):
+            judge.random, found = processes.from_main(
+                lambda: self._of_labels(judge.random, positions, window, model)
+            )
+            judge.close(positions[ours], found)
             return
         positions, window = positions[ours], window.at(ours)
         pairs = processes.from_main(lambda: self._mismatched(len(positions), model))
         self.spent += 0.5 * len(pairs)
         self._pairs = [*self._pairs, pairs][-NULL_WINDOWS:]
-        self.judge.close(positions, window.column("loss"), np.concatenate(self._pairs))
+        judge.close(positions, window.column("loss"), np.concatenate(self._pairs))
 
     def _of_labels(
-        self, positions: np.ndarray, window: Window, model: nn.Module
+        self, random: float, positions: np.ndarray, window: Window, model: nn.Module
     ) -> tuple[float, Credibility]:
         """ρ, if not known before beside the control, and the verdicts on the pool's labels."""
         ours = np.flatnonzero(positions < self.pool)
         rows = self.rows.select(positions[ours])
         found = self.scorer.measurements(window.at(ours), model, rows, True)
-        assert isinstance(self.judge, LabelVerdicts)
-        random = self.judge.random
         if self.trusted and np.isnan(random):
             random = self._random(positions, window, found)
         return random, credibility(found)
