@@ -20,7 +20,7 @@ from tsqlora.config import QualityConfig, RunConfig
 from tsqlora.credibility import ENOUGH, Credibility
 from tsqlora.errors import DataError
 from tsqlora.inputs import Inputs
-from tsqlora.judging import Judge
+from tsqlora.judging import PART, Judge, window_ends
 from tsqlora.losses import CLASSIFICATION, SEQ2SEQ
 from tsqlora.online import OnlineScorer
 from tsqlora.online_training import STATE_FILE
@@ -221,5 +221,11 @@ def test_a_trusted_label_that_training_lacks_is_named_before_anything_starts(
         Inputs(RunConfig.from_yaml(config)).load()
 
 
-def test_seq2seq_is_judged_by_windows() -> None:
-    assert isinstance(scorer_of(SEQ2SEQ, 100, 20).judge, Judge)
+def test_generation_is_judged_several_times_an_epoch_and_labels_at_its_end() -> None:
+    def ends(kind: str) -> list[int]:
+        scorer = scorer_of(kind, 2980, 20)
+        return [visits for visits in range(0, 3001, 10) if scorer.window_is_over(visits)]
+
+    assert ends(CLASSIFICATION) == [3000]
+    assert ends(SEQ2SEQ) == window_ends(3000, 3000, 10)
+    assert len(ends(SEQ2SEQ)) > PART
