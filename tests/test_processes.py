@@ -64,7 +64,8 @@ scoring.Parts.write = noted
     found, wanted = (LayerSensitivity.load(each.folder.sensitivity) for each in (two, run))
     assert found.modules == wanted.modules, "to the last bit, as batches are added in their order"
     for name, values in wanted.spectrum.items():  # of sketches, added up by process
-        np.testing.assert_allclose(found.spectrum[name], values, rtol=1e-5, atol=1e-9)
+        # a singular value is known to the rounding of the largest one (Weyl), in float32
+        np.testing.assert_allclose(found.spectrum[name], values, rtol=1e-5, atol=1e-7 * values[0])
 
 
 def test_scoring_that_was_killed_goes_on_to_the_same_bytes(
