@@ -208,3 +208,14 @@ def inclusion_one_by_one(wanted: Sequence[float], groups: Sequence[int]) -> list
         total = sum(float(o) for o, g in zip(wanted, groups, strict=True) if g == group)
         found.append(float(d) / max(1.0, total))
     return found
+
+
+def raised_one_by_one(
+    shares: Sequence[float], classes: Sequence[int], floor: float, most: float
+) -> list[float]:
+    """min(most, max(1, floor · s / K / s_k)), the sums s_k taken for each sample anew."""
+    found = []
+    for own in classes:
+        held = sum(s for s, other in zip(shares, classes, strict=True) if other == own)
+        found.append(min(most, max(1.0, floor * sum(shares) / len(set(classes)) / held)))
+    return found

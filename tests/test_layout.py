@@ -33,7 +33,7 @@ ORDER = [
     "credibility", "convergence", "calibration", "quality", "selection", "reported", "mismatch",
     "shingles", "duplicates",
     "measuring", "fitting", "parts", "null", "collected", "scoring", "samples",
-    "trusted", "judging", "online",
+    "trusted", "judging", "rare_classes", "visits", "online",
     "estimators", "sensitivity",
     "rank_rules", "allocation", "zero", "sharded", "optimizer_state", "adapter", "directions",
     "merging",

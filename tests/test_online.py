@@ -27,13 +27,14 @@ from tsqlora.cli import main
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.errors import ModelError
 from tsqlora.losses import CLASSIFICATION
-from tsqlora.online import OnlineScorer, Visits
+from tsqlora.online import OnlineScorer
 from tsqlora.online_training import STATE_FILE, OnlineTrainer
 from tsqlora.pipeline import Run, train
 from tsqlora.preflight import check_recordable
 from tsqlora.scoring import Scorer
 from tsqlora.selection import QualitySampler, draw, unscored
 from tsqlora.training import PoolTrainer, training_arguments
+from tsqlora.visits import Visits
 
 TERMS = QualityWeights(gradient_norm=1.0, convergence=1.0)
 ONLINE = QualityConfig(mode="online", fraction=1.0, weights=TERMS)

@@ -24,9 +24,9 @@ from tsqlora.collected import predictions
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import IGNORED
 from tsqlora.mismatch import mismatched_pairs
-from tsqlora.online import Visits
 from tsqlora.parts import Parts
 from tsqlora.pipeline import Run
+from tsqlora.visits import Visits
 
 TERMS = ("loss", "gradient_norm", "loss_reduction", "convergence")
 

@@ -113,7 +113,8 @@ class QualityConfig:
     upfront where something is asked for that only it can do: preset paper, `reference: validation`,
     the loss reduction, lookahead, depth, and training.fsdp or deepspeed.
 
-    `duplicates: once` lets a group of near-duplicates be drawn as one sample (mode online).
+    `duplicates: once` lets a group of near-duplicates be drawn as one sample, and `rare_classes:
+    raised` a class of few samples more often, at most four times (`rare_classes.py`; mode online).
     """
 
     fraction: _Share = None  # type: ignore[assignment]  # by the mode, once it is known
@@ -127,6 +128,7 @@ class QualityConfig:
     depth: _Share = 1.0
     batch_size: Literal["auto"] | _Count | None = None
     duplicates: Literal["once", "all"] = "once"
+    rare_classes: Literal["raised", "as_found"] = "raised"
 
     def __post_init__(self) -> None:
         if self.preset == "paper" and self.weights == QualityWeights():

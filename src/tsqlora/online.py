@@ -1,23 +1,22 @@
-"""Scores from the training itself: the last measurement of every sample, and what follows from it.
+"""Scores from the training itself: what follows from the last measurement of every sample.
 
-In the first epoch all samples are drawn alike, near-duplicates as one. Windows of visits, of labels
-whole epochs, judge the targets (`judging.py`), and every next epoch is drawn by that: where no
-gradient term is asked for, each sample is in a round of the draw with probability q_i
-(`judging.inclusion`); else samples are drawn by p_i of `quality.py` times their share among
-duplicates.
+In the first epoch all samples are drawn alike, near-duplicates as one and rare classes more often
+(`rare_classes.py`). Windows of visits, of labels whole epochs, judge the targets (`judging.py`),
+and every next epoch is drawn by that: where no gradient term is asked for, each sample is in a
+round of the draw with probability q_i (`judging.inclusion`); else samples are drawn by p_i of
+`quality.py` times their share among duplicates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 
 import numpy as np
 from datasets import Dataset
 from torch import nn
 
 from tsqlora import processes
-from tsqlora.collected import FINITE
 from tsqlora.credibility import ENOUGH, Credibility, null_percentiles
 from tsqlora.duplicates import near_duplicates
 from tsqlora.judging import (
@@ -39,12 +38,12 @@ from tsqlora.quality import (
     quality_scores,
     tempered,
 )
+from tsqlora.rare_classes import raised
 from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size, drawn, unscored
 from tsqlora.trusted import UNKNOWN, halves, random_share
+from tsqlora.visits import Visits, Window
 
-POSITION = "position"
-"""The column that holds a sample's row in the pool."""
 NULL_SHARE = 20
 """In each window, one mismatched pair for so many visits shows what wrong targets cost."""
 NULL_WINDOWS = 2
@@ -56,117 +55,6 @@ def null_pairs(window: int) -> int:
     return min(NULL_SAMPLES, max(ENOUGH, window // NULL_SHARE))
 
 
-class Visits:
-    """What was measured of each of N samples when it was last trained on.
-
-    `names`, `column` and `blocks` show those that ever were, in the pool's order.
-
-    Attributes:
-        last: 1 + the epoch of the last visit (N), 0 where there was none.
-        window: positions of what has settled since a window was taken, by batches.
-    """
-
-    def __init__(self, samples: int) -> None:
-        self.last = np.zeros(samples, dtype=np.int32)
-        self.window: list[np.ndarray] = []
-        self._columns: Columns = {}
-        self._fresh: list[tuple[int, Columns]] = []
-
-    def add(self, epoch: int, columns: Columns) -> None:
-        """Note a batch, whose `position` is among its columns; what is not finite is left out."""
-        there = [name for name in FINITE if name in columns]
-        finite = np.all([np.isfinite(columns[name]) for name in there], axis=0)
-        self._fresh.append((epoch, {name: values[finite] for name, values in columns.items()}))
-
-    def settle(self) -> None:
-        """Take in what all processes have noted since the last time, in their order."""
-        fresh, self._fresh = self._fresh, []
-        for noted in processes.gather(fresh):
-            for epoch, columns in noted:
-                self._put(epoch + 1, columns)
-
-    def _put(self, stamp: int, columns: Columns) -> None:
-        positions = columns[POSITION]
-        self.last[positions] = stamp
-        self.window.append(positions)
-        for name, values in columns.items():
-            if name not in self._columns:
-                shape = (len(self.last), *values.shape[1:])
-                self._columns[name] = np.zeros(shape, values.dtype)
-            self._columns[name][positions] = values
-
-    @property
-    def seen(self) -> np.ndarray:
-        """Positions in the pool of the samples that were visited."""
-        return np.flatnonzero(self.last)
-
-    @property
-    def names(self) -> list[str]:
-        """The columns."""
-        return list(self._columns)
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of the samples seen."""
-        return self._columns[name][self.seen].astype(np.float64)
-
-    def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same at once."""
-        yield np.arange(len(self.seen)), self._columns[name][self.seen]
-
-    def take_window(self, least: int) -> tuple[np.ndarray, Window] | None:
-        """The positions visited since the last time, in the pool's order, and what was measured.
-
-        None, and nothing is taken, of fewer than `least`.
-        """
-        positions = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *self.window]))
-        if len(positions) < least:
-            return None
-        self.window = []
-        columns = {name: values[positions] for name, values in self._columns.items()}
-        return positions, Window(columns)
-
-    def state(self) -> Columns:
-        """All of it as arrays, those of the samples seen."""
-        seen = self.seen
-        columns = {f"column.{name}": values[seen] for name, values in self._columns.items()}
-        window = np.concatenate([np.zeros(0, dtype=np.int64), *self.window])
-        return {"last": self.last, "window": window, **columns}
-
-    def load(self, state: Mapping[str, np.ndarray]) -> None:
-        """Put `state` back."""
-        self.last, self._columns, self._fresh = state["last"].copy(), {}, []
-        self.window = [state["window"]]
-        named = {k.removeprefix("column."): v for k, v in state.items() if k.startswith("column.")}
-        for name, values in named.items():
-            whole = np.zeros((len(self.last), *values.shape[1:]), values.dtype)
-            whole[self.seen] = values
-            self._columns[name] = whole
-
-
-@dataclass(frozen=True)
-class Window:
-    """Columns of some visits, as `parts.Measured` has them."""
-
-    columns: Columns
-
-    @property
-    def names(self) -> list[str]:
-        """The columns."""
-        return list(self.columns)
-
-    def column(self, name: str) -> np.ndarray:
-        """One of them."""
-        return self.columns[name]
-
-    def at(self, places: np.ndarray) -> Window:
-        """Those of some of the visits."""
-        return Window({name: values[places] for name, values in self.columns.items()})
-
-    def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same at once."""
-        yield np.arange(len(self.columns[name])), self.columns[name]
-
-
 class OnlineScorer:
     """Scores a pool by its visits, under the model that is being trained.
 
@@ -175,6 +63,7 @@ class OnlineScorer:
         kind: the model's.
         judge: what is thought of the targets.
         duplicates: the group of near-duplicates of each sample (N).
+        raised: how many times as often a sample is drawn as its class is rare (N).
         spent: passes of its own that scoring has taken so far.
         pool: how many samples are judged; those after them are trusted (`trusted.py`).
         shown, control: the two halves of the trusted ones' positions.
@@ -189,8 +78,15 @@ class OnlineScorer:
         )
         once = scorer.quality.duplicates == "once" and "input_ids" in rows.column_names
         self.duplicates = near_duplicates(rows) if once else np.arange(len(rows))
+        self.raised = self._raised()
         self.spent, self._ends = 0.0, self._window(0)
         self._pairs: list[np.ndarray] = []
+
+    def _raised(self) -> np.ndarray:
+        alike = np.ones(len(self.rows))
+        if self.kind != CLASSIFICATION or self.scorer.quality.rare_classes == "as_found":
+            return alike
+        return raised(inclusion(alike, self.duplicates), np.asarray(self.rows["labels"]))
 
     def _window(self, visits: int) -> int:
         """Visits in the window that begins after so many."""
@@ -255,7 +151,7 @@ class OnlineScorer:
 
     def inclusion(self) -> np.ndarray:
         """How often each sample is in a round of the next epoch (N): q_i, of trusted ones k q_i."""
-        found = inclusion(self.judge.heeded, self.duplicates, self.judge.lowest)
+        found = inclusion(self.judge.heeded, self.duplicates, self.judge.lowest) * self.raised
         if not isinstance(self.judge, LabelVerdicts) or self.trusted == 0:
             return found
         if np.isnan(self.judge.random):
@@ -272,6 +168,9 @@ class OnlineScorer:
             return unscored(ids, quality.fraction, seed, "no sample was scored")
         pool = self.scorer.measurements(visits, model, self.rows.select(seen), False)
         scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
+        if (most := self.raised.max()) > 1:
+            said = f"{scores.verdict}; rare classes come up to {most:.1f} times as often"
+            scores = replace(scores, verdict=said)
         probability = self.inclusion()
         if self.scorer.wanted.terms:
             acted = self.judge.heeded

@@ -26,7 +26,7 @@ from tsqlora.judging import Judge
 from tsqlora.losses import sample_losses, target_lengths
 from tsqlora.measuring import as_numpy
 from tsqlora.null import FREE
-from tsqlora.online import POSITION, OnlineScorer, Visits, first_of
+from tsqlora.online import OnlineScorer, first_of
 from tsqlora.progress import tell
 from tsqlora.quality import QualityScores
 from tsqlora.recording import Recorder, sample_weights, summed_loss
@@ -35,6 +35,7 @@ from tsqlora.run_folder import RunFolder
 from tsqlora.scoring import Scorer
 from tsqlora.selection import QualitySampler
 from tsqlora.training import PoolTrainer
+from tsqlora.visits import POSITION, Visits
 
 STATE_FILE = "online.safetensors"
 REPORTED = "reported/"
