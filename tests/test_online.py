@@ -37,7 +37,7 @@ from tsqlora.training import PoolTrainer, training_arguments
 from tsqlora.visits import Visits
 
 TERMS = QualityWeights(gradient_norm=1.0, convergence=1.0)
-ONLINE = QualityConfig(mode="online", fraction=1.0, weights=TERMS)
+ONLINE = QualityConfig(mode="online", fraction=1.0, weights=TERMS, rare_classes="as_found")
 SAMPLES = 10
 
 

@@ -17,10 +17,18 @@ from tiny import collate
 from tsqlora import QualityScores
 from tsqlora.cli import main
 from tsqlora.config import QualityConfig, RunConfig
-from tsqlora.credibility import ENOUGH, Credibility
+from tsqlora.credibility import (
+    ENOUGH,
+    Credibility,
+    beside,
+    drawable,
+    from_null,
+    null_percentiles,
+    share_of_wrong,
+)
 from tsqlora.errors import DataError
 from tsqlora.inputs import Inputs
-from tsqlora.judging import PART, Judge, window_ends
+from tsqlora.judging import PART, Judge, LabelVerdicts, window_ends
 from tsqlora.losses import CLASSIFICATION, SEQ2SEQ
 from tsqlora.online import OnlineScorer
 from tsqlora.online_training import STATE_FILE
@@ -78,6 +86,51 @@ def test_a_trusted_row_is_worth_one_to_ten_others(random: float, left_out: float
     assert 1.0 <= k <= 1 / (1 - MOST) + 1e-9
     assert k <= worth(random, 0.0) + 1e-9  # what is left out need not be outweighed
     assert worth(min(random, MOST), 0.0) * (1 - min(random, MOST)) == pytest.approx(1.0)
+
+
+def flipped(seed: int, wrong: float, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shares u of a hard task's labels beside its null, and which of them are wrong."""
+    random, samples = np.random.default_rng(seed), 20_000
+    margin = random.normal(1.0, 1.0, samples)  # of the true class: one in six is misjudged
+    is_wrong = random.random(samples) < wrong
+    by_chance = is_wrong & (random.random(samples) < 1 / (classes - 1))
+    loss = np.where(is_wrong, margin, -margin)
+    null = np.where(by_chance, -margin, margin)  # the null's label is another than the given one
+    group = np.zeros(samples, np.int32)
+    return null_percentiles(loss, group, null, group), is_wrong
+
+
+def like_the_null(wrong: float, classes: int) -> float:
+    """ρ of so many wrong labels: π / (1 - π/(C - 1))."""
+    return wrong / (1 - wrong / (classes - 1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(wrong=st.floats(0.05, 0.42), classes=st.sampled_from([2, 3, 6]), seed=st.integers(0, 99))
+def test_where_rho_is_known_what_is_told_is_the_probability_that_a_label_is_right(
+    wrong: float, classes: int, seed: int
+) -> None:
+    u, is_wrong = flipped(seed, wrong, classes)
+    judge = LabelVerdicts(len(u), trusted=0)
+    judge.random = like_the_null(wrong, classes)
+    judge.scale = (1 - share_of_wrong(judge.random, classes)) / (1 - judge.random)
+    found = beside(u, judge.random, classes)
+    assert found.wrong_share == pytest.approx(wrong)
+    judge.close(np.arange(len(u)), found)
+    told = judge.told
+    assert judge.wrong_share == pytest.approx(wrong, abs=0.03)
+    for low, high in ((0.0, 0.4), (0.4, 0.7), (0.7, 0.9), (0.9, 1.01)):
+        among = (told >= low) & (told < high)
+        if among.sum() > 1000:
+            assert is_wrong[among].mean() == pytest.approx(1 - told[among].mean(), abs=0.1)
+
+
+def test_two_labels_of_five_are_judged_where_the_null_alone_has_to_be_silent() -> None:
+    u, is_wrong = flipped(0, 0.4, 2)
+    assert not from_null(u, np.inf, 2).known
+    values = beside(u, like_the_null(0.4, 2), 2).values
+    assert is_wrong[~drawable(values)].mean() > 0.6
+    assert is_wrong[drawable(values)].mean() < 0.3
 
 
 @settings(max_examples=25)
@@ -140,6 +193,19 @@ def test_a_trusted_row_is_drawn_k_times_as_often_and_never_doubted() -> None:
     again = scorer_of(CLASSIFICATION, 100, 20)
     again.load(scorer.state())
     np.testing.assert_array_equal(again.inclusion(), q)
+
+
+def test_labels_are_acted_on_after_one_window_only_where_rho_is_known() -> None:
+    judge, doubted = LabelVerdicts(12, trusted=2), Credibility(np.full(4, 0.1), 0.4, "")
+    judge.close(np.arange(4), doubted)
+    assert (judge.heeded == 1).all()
+    assert np.isnan(judge.random_among(np.arange(10)))
+    judge.random = 0.4
+    assert judge.heeded.tolist() == [0.1] * 4 + [1.0] * 8
+    assert judge.random_among(np.arange(10)) == pytest.approx((4 * 0.9 + 6 * 0.4) / 10)
+    judge.random = 0.0
+    assert (judge.heeded == 1).all()
+    assert judge.random_among(np.arange(10)) == 0
 
 
 def test_the_loss_of_a_trusted_row_of_generation_is_never_weighed_down() -> None:

@@ -130,12 +130,12 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
     if _is_steep(u, null):
         return _unknown(u, "sound but hard samples cannot be told from wrong ones yet")
     density = float(np.mean(u > 0.5) * 2)
-    share = _share(density, classes)
+    share = share_of_wrong(density, classes)
     if density > 0.85:
         return _unknown(u, "the model does not know the task yet: targets look like permuted ones")
     if density < max(0.02, 3 / len(u)):
         return Credibility(column(len(u), fill=1), share, "no sign of wrong targets")
-    values = _by_bin(u, np.clip(1 - density / _decreasing_density(u), 0, 1))
+    values = beside(u, density).values
     recognised = RECOGNISED if classes is None else RECOGNISED_LABELS
     if values.sum(where=values >= CREDIBLE) < recognised * values.sum():
         return _unknown(u, "sound samples cannot be told from wrong ones yet")
@@ -221,7 +221,7 @@ def from_reference(
             column(len(u), fill=1), 0.0, "no sign of wrong targets beside the reference"
         )
     density = float(grid[best, 0])
-    share = _share(density, classes)
+    share = share_of_wrong(density, classes)
     mixture = (1 - density) * trusted + density / BINS
     fitted = IsotonicRegression(increasing=False).fit_transform(
         np.arange(BINS), (1 - density) * trusted / mixture, sample_weight=np.maximum(counts, 1)
@@ -229,12 +229,27 @@ def from_reference(
     return Credibility(_by_bin(u, fitted), share, f"about {share:.0%} of the targets look wrong")
 
 
+def beside(u: Floats, density: float, classes: int | None = None) -> Credibility:
+    """Credibility where the part ρ of the pool that is like the null is known beforehand.
+
+    c = 1 - ρ / f(u), f decreasing. Nothing has to be told apart from hard targets, so it is never
+    silent; c is 0 where f is ρ, at or below chance.
+    """
+    values = _by_bin(u, np.clip(1 - density / _decreasing_density(u), 0, 1))
+    share = share_of_wrong(density, classes)
+    return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+
+
+def share_of_wrong(density: float, classes: int | None) -> float:
+    """π of a pool whose part ρ (`density`) is like the null: ρ / (1 + ρ/(C - 1)).
+
+    Of classes the null now and then has a right label for a wrong one.
+    """
+    return density if classes is None else density / (1 + density / max(classes - 1, 1))
+
+
 def _unknown(u: Floats, why: str) -> Credibility:
     return Credibility(column(len(u), fill=1), float("nan"), f"targets are not judged: {why}")
-
-
-def _share(density: float, classes: int | None) -> float:
-    return density if classes is None else density / (1 + density / max(classes - 1, 1))
 
 
 def _histogram(u: Floats, bins: int = BINS, prior: float = 0.0) -> Floats:

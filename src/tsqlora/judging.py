@@ -131,10 +131,12 @@ class LabelVerdicts(Verdicts):
 
     Attributes:
         random: ρ of the pool beside trusted rows (`trusted.random_share`), NaN where not known.
+            Above 0 the first window is acted on, as hard labels are not taken for wrong ones then.
+        scale: (1 - π) / (1 - ρ), by which c_i is the probability that a label is right.
         total, times: the sum and the number of the verdicts since the first window (N).
     """
 
-    random = np.nan
+    random, scale = np.nan, 1.0
 
     def __init__(self, samples: int, trusted: int = 0) -> None:
         super().__init__(samples, trusted)
@@ -143,25 +145,29 @@ class LabelVerdicts(Verdicts):
     @property
     def told(self) -> Floats:
         """The mean of c_i over the windows after the first that judged i (N), else the last c_i."""
-        return np.where(self.times, self.total / np.maximum(self.times, 1), self.credibility)
+        mean = np.where(self.times, self.total / np.maximum(self.times, 1), self.credibility)
+        return np.where(self.judged, np.minimum(self.scale * mean, 1.0), mean)
 
     @property
     def heeded(self) -> Floats:
         """The c_i that draws go by (N): 1 after one window alone, as hard is not wrong."""
-        return self.credibility if self.windows > 1 else np.ones(len(self.credibility))
+        acted = self.windows > 1 or self.random > 0
+        return self.credibility if acted else np.ones(len(self.credibility))
 
     @property
     def verdict(self) -> str:
-        """One sentence for the user, and what is known beside trusted samples."""
-        said = super().verdict
-        if self.random > 0:
-            said += f"; beside the trusted ones about {self.random:.0%} look drawn at random"
-        return said
+        """One sentence for the user."""
+        return super().verdict + "; judged beside the trusted ones" * (self.random > 0)
 
     @property
     def worth(self) -> float:
         """How often a trusted row is drawn beside one of the pool that is not doubted, ρ known."""
         return worth(self.random, float(1 - drawable(self.heeded[: self.pool]).mean()))
+
+    def random_among(self, positions: Ints) -> float:
+        """ρ of some of the pool, by what is thought of them; NaN where it is not known."""
+        thought = np.where(self.judged, 1 - self.credibility, self.random)
+        return float(thought[positions].mean()) if self.random > 0 else self.random
 
     def close(self, positions: Ints, found: Credibility) -> None:
         """Take the verdicts on a window's samples; where nothing is known those before stand."""
@@ -174,14 +180,18 @@ class LabelVerdicts(Verdicts):
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it as arrays."""
-        own = {"random": np.asarray([self.random]), "total": self.total, "times": self.times}
+        own = {
+            "random": np.asarray([self.random, self.scale]),
+            "total": self.total,
+            "times": self.times,
+        }
         return {**super().state(), **{f"judge.{name}": values for name, values in own.items()}}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         super().load(state)
         self.total, self.times = (state[f"judge.{name}"].copy() for name in ("total", "times"))
-        self.random = float(state["judge.random"][0])
+        self.random, self.scale = map(float, state["judge.random"])
 
 
 class Judge(Verdicts):

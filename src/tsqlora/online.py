@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 
 from tsqlora import processes
-from tsqlora.credibility import ENOUGH, Credibility, null_percentiles
+from tsqlora.credibility import ENOUGH, Credibility, null_percentiles, share_of_wrong
 from tsqlora.duplicates import near_duplicates
 from tsqlora.judging import (
     LEAST,
@@ -83,8 +83,8 @@ class OnlineScorer:
         self._pairs: list[np.ndarray] = []
 
     def _raised(self) -> np.ndarray:
-        alike = np.ones(len(self.rows))
-        if self.kind != CLASSIFICATION or self.scorer.quality.rare_classes == "as_found":
+        alike, asked = np.ones(len(self.rows)), self.scorer.quality.rare_classes == "raised"
+        if not asked or self.kind != CLASSIFICATION or "labels" not in self.rows.column_names:
             return alike
         return raised(inclusion(alike, self.duplicates), np.asarray(self.rows["labels"]))
 
@@ -111,8 +111,8 @@ class OnlineScorer:
         positions, window = taken
         judge, ours = self.judge, positions < self.pool
         if isinstance(judge, LabelVerdicts):
-            judge.random, found = processes.from_main(
-                lambda: self._of_labels(judge.random, positions, window, model)
+            judge.random, judge.scale, found = processes.from_main(
+                lambda: self._of_labels(judge, positions, window, model)
             )
             judge.close(positions[ours], found)
             return
@@ -123,15 +123,17 @@ class OnlineScorer:
         judge.close(positions, window.column("loss"), np.concatenate(self._pairs))
 
     def _of_labels(
-        self, random: float, positions: np.ndarray, window: Window, model: nn.Module
-    ) -> tuple[float, Credibility]:
-        """ρ, if not known before beside the control, and the verdicts on the pool's labels."""
+        self, judge: LabelVerdicts, positions: np.ndarray, window: Window, model: nn.Module
+    ) -> tuple[float, float, Credibility]:
+        """ρ, if not known before beside the control, what c is scaled by, and the verdicts."""
         ours = np.flatnonzero(positions < self.pool)
         rows = self.rows.select(positions[ours])
         found = self.scorer.measurements(window.at(ours), model, rows, True)
+        random, scale, here = judge.random, judge.scale, judge.random_among(positions[ours])
         if self.trusted and np.isnan(random):
-            random = self._random(positions, window, found)
-        return random, credibility(found)
+            random = here = self._random(positions, window, found)
+            scale = (1 - share_of_wrong(random, found.classes)) / (1 - random)
+        return random, 1.0 if np.isnan(scale) else scale, credibility(found, random=here)
 
     def _random(self, positions: np.ndarray, window: Window, pool: Measurements) -> float:
         """ρ of a window's samples of the pool beside those of the control."""

@@ -25,6 +25,7 @@ from tsqlora.convergence import (
 )
 from tsqlora.credibility import (
     Credibility,
+    beside,
     drawable,
     from_agreement,
     from_null,
@@ -220,13 +221,14 @@ def default_terms(pool: Measurements, convergence: Floats) -> Iterator[Floats]:
     yield robust_z(convergence)
 
 
-def credibility(pool: Measurements, reference: Measurements | None = None) -> Credibility:
-    """c_i by the permutation null, or by the reference where there is one (`credibility.py`).
+def credibility(
+    pool: Measurements, reference: Measurements | None = None, random: float = 0.0
+) -> Credibility:
+    """c_i by the permutation null, the reference, or ρ where it is known (`credibility.py`).
 
-    Class labels are judged by the model's predictions too, for what the null leaves unexplained,
-    and the two multiplied.
+    Class labels are judged by predictions too, for what is left unexplained, and both multiplied.
     """
-    found = _by_loss(pool, reference)
+    found = _by_loss(pool, reference, random)
     if len(pool.agrees) == 0:
         return found
     explained = float(np.nan_to_num(found.wrong_share))
@@ -239,15 +241,14 @@ def credibility(pool: Measurements, reference: Measurements | None = None) -> Cr
     return replace(found, values=values, verdict=text)
 
 
-def _by_loss(pool: Measurements, reference: Measurements | None) -> Credibility:
+def _by_loss(pool: Measurements, reference: Measurements | None, random: float) -> Credibility:
     if len(pool.null_loss) == 0:
-        return Credibility(
-            column(len(pool.ids), fill=1),
-            float("nan"),
-            "targets are not judged: no wrong ones to compare",
-        )
+        why = "targets are not judged: no wrong ones to compare"
+        return Credibility(column(len(pool.ids), fill=1), float("nan"), why)
     null = (pool.null_loss, pool.null_group)
     u, size = null_percentiles(pool.loss, pool.group, *null), len(pool.null_loss)
+    if random > 0:
+        return beside(u, random, pool.classes)
     if reference is None:
         return from_null(u, size, pool.classes)
     trusted = null_percentiles(reference.loss, reference.group, *null)
