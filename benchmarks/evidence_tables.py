@@ -102,12 +102,23 @@ def found_table(cells: Cells) -> str:
     return markdown(rows)
 
 
+def rare_table(cells: Cells) -> str:
+    """Of the rows that the long tail makes rare: a class's recall, else the task's metric."""
+    rare = Cells([{**x, "metric": x["rare"]} for x in cells.lines.values() if "rare" in x])
+    rows = [["task", *(f"`{method}`" for method in rare.names(2))]]
+    for task in rare.names(0):
+        found = [list(rare.values(task, "longtail", m).values()) for m in rare.names(2)]
+        rows.append([task, *(_shown(values) if values else "" for values in found)])
+    return markdown(rows)
+
+
 def tables(cells: Cells) -> str:
     """All of them as Markdown."""
     parts = ["## Claims", claims(cells, [task for task in CORE if task in cells.names(0)])]
     parts += ["## Against plain LoRA, points, 95 % interval (tasks)", against_plain(cells)]
     parts += ["## Part of the gap to the oracle", gaps(cells)]
     parts += ["## Wrong targets found", found_table(cells)]
+    parts += ["## The rare class, or the longest fifth, in the long tail", rare_table(cells)]
     for task in cells.names(0):
         metric = next(x["metric_name"] for k, x in cells.lines.items() if k[0] == task)
         parts += [f"## {task}: {metric}, mean ± half of the 95 % interval (seeds)"]
@@ -143,9 +154,10 @@ def in_order(lines: Sequence[Line]) -> list[Line]:
 
 def front_page(cells: Cells) -> str:
     """Plain LoRA, the default and the oracle on every core task."""
-    rows: list[list[str]] = [["task", "method", *CORE_CONDITIONS]]
+    conditions = (*CORE_CONDITIONS, "longtail")
+    rows: list[list[str]] = [["task", "method", *conditions]]
     for task, method in product((t for t in CORE if t in cells.names(0)), (PLAIN, OURS, "oracle")):
-        found = [list(cells.values(task, c, method).values()) for c in CORE_CONDITIONS]
+        found = [list(cells.values(task, c, method).values()) for c in conditions]
         shown = [_shown(values) if values else "" for values in found]
         rows.append([task if method == PLAIN else "", f"`{method}`", *shown])
     return markdown(rows)

@@ -266,3 +266,11 @@ def test_methods_are_shown_in_the_order_of_their_definition_however_they_were_ru
         *sorted(("sst2", "g2p"), key=list(TASKS).index),
         "mine",
     ]
+
+
+def test_the_rare_are_shown_by_task_and_method() -> None:
+    lines = five("lora", [90.0] * 2, rare=20.0, condition="longtail")
+    text = tables(Cells([*lines, *five("tsqlora", [50.0] * 2)]))
+    rare = text.split("long tail\n\n")[1].split("\n\n")[0].splitlines()
+    assert rare[0] == "| task | `lora` |"
+    assert "20.0 ± 0.0 (2)" in rare[2]
