@@ -76,7 +76,7 @@ def _found(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
 
 
 def _rare(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
-    rare = Cells([{**x, "metric": x["rare"]} for x in cells.lines.values() if "rare" in x])
+    rare = cells.of_rare()
     groups = [rare.pairs(task, "longtail", OURS, "lora") for task in rare.names(0)]
     found = bootstrap(groups, difference)
     yield "9. the rare class's recall − plain", "≥ 0.0", _shown(found), _holds(found, 0.0)

@@ -65,6 +65,11 @@ class Cells:
         seeds = sorted(set.intersection(*(set(values) for values in found)))
         return np.array([[values[seed] for values in found] for seed in seeds])
 
+    def of_rare(self) -> Cells:
+        """The same of the rows that the long tail makes rare, where they were measured."""
+        lines = [line for line in self.lines.values() if "rare" in line]
+        return Cells([{**line, "metric": line["rare"]} for line in lines])
+
 
 def bootstrap(
     groups: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float]

@@ -104,7 +104,7 @@ def found_table(cells: Cells) -> str:
 
 def rare_table(cells: Cells) -> str:
     """Of the rows that the long tail makes rare: a class's recall, else the task's metric."""
-    rare = Cells([{**x, "metric": x["rare"]} for x in cells.lines.values() if "rare" in x])
+    rare = cells.of_rare()
     rows = [["task", *(f"`{method}`" for method in rare.names(2))]]
     for task in rare.names(0):
         found = [list(rare.values(task, "longtail", m).values()) for m in rare.names(2)]

@@ -132,8 +132,9 @@ class OnlineScorer:
         random, scale, here = judge.random, judge.scale, judge.random_among(positions[ours])
         if self.trusted and np.isnan(random):
             random = here = self._random(positions, window, found)
-            scale = (1 - share_of_wrong(random, found.classes)) / (1 - random)
-        return random, 1.0 if np.isnan(scale) else scale, credibility(found, random=here)
+            if random > 0:
+                scale = (1 - share_of_wrong(random, found.classes)) / (1 - random)
+        return random, scale, credibility(found, random=here)
 
     def _random(self, positions: np.ndarray, window: Window, pool: Measurements) -> float:
         """ρ of a window's samples of the pool beside those of the control."""
