@@ -130,16 +130,16 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
     if _is_steep(u, null):
         return _unknown(u, "sound but hard samples cannot be told from wrong ones yet")
     density = float(np.mean(u > 0.5) * 2)
-    share = share_of_wrong(density, classes)
     if density > 0.85:
         return _unknown(u, "the model does not know the task yet: targets look like permuted ones")
     if density < max(0.02, 3 / len(u)):
+        share = share_of_wrong(density, classes)
         return Credibility(column(len(u), fill=1), share, "no sign of wrong targets")
-    values = beside(u, density).values
+    found = beside(u, density, classes)
     recognised = RECOGNISED if classes is None else RECOGNISED_LABELS
-    if values.sum(where=values >= CREDIBLE) < recognised * values.sum():
+    if found.values.sum(where=found.values >= CREDIBLE) < recognised * found.values.sum():
         return _unknown(u, "sound samples cannot be told from wrong ones yet")
-    return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+    return found
 
 
 def _is_steep(u: Floats, null: float) -> bool:
