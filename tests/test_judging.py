@@ -131,6 +131,47 @@ def test_draws_go_by_the_last_verdict_on_a_label_and_users_are_told_the_mean_aft
             assert of.judged[i] == bool(said)
 
 
+@given(st.integers(0, 99), st.floats(0.55, 0.75), st.sampled_from([np.nan, 0.0, 0.4]))
+def test_what_a_model_knows_by_heart_alone_is_no_verdict_on_the_others(
+    seed: int, learnt: float, random: float
+) -> None:
+    """At first sight all look like the null; later those learnt by heart do not. Beside trusted
+    rows, which it does not know by heart, labels are judged all the same."""
+    draws, judge = np.random.default_rng(seed), LabelVerdicts(2000)
+    every = np.arange(2000)
+    judge.close(every, from_null(draws.random(2000), 2000))
+    later = from_null(np.where(every < 2000 * learnt, 0.001, draws.random(2000)), 2000)
+    assert later.known
+    assert later.wrong_share > 0.2
+    judge.random = random
+    judge.close(every, later)
+    resumed = LabelVerdicts(2000)
+    resumed.load(judge.state())
+    for of in (judge, resumed):
+        assert of.by_heart
+        if random > 0:
+            np.testing.assert_array_equal(of.told, later.values)
+        else:
+            assert (of.told == 1).all()
+            assert (of.heeded == 1).all()
+            assert np.isnan(of.wrong_share)
+            assert "by heart" in of.verdict
+
+
+@given(st.integers(0, 99), st.floats(0.05, 0.4))
+def test_the_part_of_a_pool_that_is_like_the_null_is_told_whether_or_not_it_is_judged(
+    seed: int, part: float
+) -> None:
+    draws = np.random.default_rng(seed)
+    u = np.where(draws.random(4000) < part, draws.random(4000), 0.01)
+    assert from_null(u, 4000).like_null == pytest.approx(part, abs=0.05)
+    assert from_null(draws.random(4000), 4000).like_null == pytest.approx(1, abs=0.08)
+    hard = np.where(draws.random(4000) < part, 0.5 + draws.random(4000) / 4, 0.01)
+    found = from_null(hard, 4000)
+    assert not found.known
+    assert found.like_null == pytest.approx(2 * part, abs=0.1)
+
+
 def test_the_state_of_a_judge_comes_back_the_same() -> None:
     judge, other = Judge(500), Judge(500)
     loss, _, null = window(500, WRONG)

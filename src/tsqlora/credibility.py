@@ -60,6 +60,8 @@ FITTED = 200_000
 """Samples at most that how often the model agrees is learnt from, drawn where there are more."""
 SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
+LIKE_NULL = 0.85
+"""Above this part of a pool that is like the null the model does not know the task."""
 STEEPEST = 1.6
 """Above this ratio of f between the third and the last quarter of u, and what chance may add to it,
 right targets reach into the null's range: the model does not know the task well enough for its
@@ -74,11 +76,13 @@ class Credibility:
         values: c_i in [0, 1] (N); all 1 where nothing is known or nothing is wrong.
         wrong_share: π̂, the estimated share of wrong targets; NaN where not known.
         verdict: one sentence for the user.
+        like_null: ρ̂, the part of the pool that is like the null; NaN where not known.
     """
 
     values: Floats
     wrong_share: float
     verdict: str
+    like_null: float = float("nan")
 
     @property
     def known(self) -> bool:
@@ -127,18 +131,19 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
     """
     if len(u) < ENOUGH:
         return _unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
-    if _is_steep(u, null):
-        return _unknown(u, "sound but hard samples cannot be told from wrong ones yet")
     density = float(np.mean(u > 0.5) * 2)
-    if density > 0.85:
-        return _unknown(u, "the model does not know the task yet: targets look like permuted ones")
+    if _is_steep(u, null):
+        return _unknown(u, "sound but hard samples cannot be told from wrong ones yet", density)
+    if density > LIKE_NULL:
+        why = "the model does not know the task yet: targets look like permuted ones"
+        return _unknown(u, why, density)
     if density < max(0.02, 3 / len(u)):
         share = share_of_wrong(density, classes)
-        return Credibility(column(len(u), fill=1), share, "no sign of wrong targets")
+        return Credibility(column(len(u), fill=1), share, "no sign of wrong targets", density)
     found = beside(u, density, classes)
     recognised = RECOGNISED if classes is None else RECOGNISED_LABELS
     if found.values.sum(where=found.values >= CREDIBLE) < recognised * found.values.sum():
-        return _unknown(u, "sound samples cannot be told from wrong ones yet")
+        return _unknown(u, "sound samples cannot be told from wrong ones yet", density)
     return found
 
 
@@ -237,7 +242,7 @@ def beside(u: Floats, density: float, classes: int | None = None) -> Credibility
     """
     values = _by_bin(u, np.clip(1 - density / _decreasing_density(u), 0, 1))
     share = share_of_wrong(density, classes)
-    return Credibility(values, share, f"about {share:.0%} of the targets look wrong")
+    return Credibility(values, share, f"about {share:.0%} of the targets look wrong", density)
 
 
 def share_of_wrong(density: float, classes: int | None) -> float:
@@ -248,8 +253,9 @@ def share_of_wrong(density: float, classes: int | None) -> float:
     return density if classes is None else density / (1 + density / max(classes - 1, 1))
 
 
-def _unknown(u: Floats, why: str) -> Credibility:
-    return Credibility(column(len(u), fill=1), float("nan"), f"targets are not judged: {why}")
+def _unknown(u: Floats, why: str, density: float = float("nan")) -> Credibility:
+    verdict = f"targets are not judged: {why}"
+    return Credibility(column(len(u), fill=1), float("nan"), verdict, density)
 
 
 def _histogram(u: Floats, bins: int = BINS, prior: float = 0.0) -> Floats:

@@ -16,7 +16,9 @@ one, bit for bit.
 Hard classes and numbers look like wrong ones until they are learnt, and a model that never learns
 them grows surer of what it believes. There a window is a whole epoch, the first is not acted on,
 and a doubted sample is drawn less from then on, in one round of twenty at least; no loss is
-weighed. Judged at every step instead, a model that knows nothing yet passes the guards of
+weighed. If that first epoch, of samples not trained on before but for the first steps, looks like
+the null, what is known later may be known by heart, the samples and not the task, and nothing is
+judged. Judged at every step instead, a model that knows nothing yet passes the guards of
 `credibility.py` by chance and collapses (all in benchmarks/LOG.md).
 """
 
@@ -28,6 +30,7 @@ import numpy as np
 
 from tsqlora.credibility import (
     CREDIBLE,
+    LIKE_NULL,
     Credibility,
     Floats,
     Ints,
@@ -44,6 +47,10 @@ LOWEST, LOWEST_OF_LABELS = 1e-3, 0.05
 of the rounds that a doubted label is in."""
 COMEBACK = 0.5
 """Of a doubted sample, the part of c_i with which it is in a round of the draw, at least w₀."""
+BY_HEART = (
+    "targets are not judged: after an epoch the model did not know the task, and what it fits "
+    "since it may know by heart; trusted rows (quality.reference) would tell"
+)
 GRID = 257
 """Points of u between which c(u) is interpolated."""
 
@@ -133,10 +140,12 @@ class LabelVerdicts(Verdicts):
         random: ρ of the pool beside trusted rows (`trusted.random_share`), NaN where not known.
             Above 0 the first window is acted on, as hard labels are not taken for wrong ones then.
         scale: (1 - π) / (1 - ρ), by which c_i is the probability that a label is right.
+        by_heart: whether the first window looked like the null, so that nothing later is judged but
+            beside trusted rows.
         total, times: the sum and the number of the verdicts since the first window (N).
     """
 
-    random, scale = np.nan, 1.0
+    random, scale, by_heart = np.nan, 1.0, False
 
     def __init__(self, samples: int, trusted: int = 0) -> None:
         super().__init__(samples, trusted)
@@ -157,6 +166,8 @@ class LabelVerdicts(Verdicts):
     @property
     def verdict(self) -> str:
         """One sentence for the user."""
+        if self.windows > 1 and self.by_heart and not self.judged.any():
+            return BY_HEART
         return super().verdict + "; judged beside the trusted ones" * (self.random > 0)
 
     @property
@@ -172,7 +183,9 @@ class LabelVerdicts(Verdicts):
     def close(self, positions: Ints, found: Credibility) -> None:
         """Take the verdicts on a window's samples; where nothing is known those before stand."""
         self.windows += 1
-        if found.known:
+        if self.windows == 1:
+            self.by_heart = bool(found.like_null > LIKE_NULL)
+        if found.known and (self.random > 0 or not self.by_heart):
             self.credibility[positions], self.judged[positions] = found.values, True
             if self.windows > 1:
                 self.total[positions] += found.values
@@ -182,6 +195,7 @@ class LabelVerdicts(Verdicts):
         """All of it as arrays."""
         own = {
             "random": np.asarray([self.random, self.scale]),
+            "by_heart": np.asarray([self.by_heart]),
             "total": self.total,
             "times": self.times,
         }
@@ -192,6 +206,7 @@ class LabelVerdicts(Verdicts):
         super().load(state)
         self.total, self.times = (state[f"judge.{name}"].copy() for name in ("total", "times"))
         self.random, self.scale = map(float, state["judge.random"])
+        self.by_heart = bool(state.get("judge.by_heart", [False])[0])
 
 
 class Judge(Verdicts):
