@@ -50,9 +50,15 @@ def _shown(values: list[float]) -> str:
     return f"{found.mean:.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "") + f" ({len(values)})"
 
 
+def pooled(cells: Cells) -> list[str]:
+    """The tasks that means are taken over: the core's, as the others have another metric's points
+    or fewer seeds; without any, all."""
+    return [task for task in CORE if task in cells.names(0)] or cells.names(0)
+
+
 def against_plain(cells: Cells) -> str:
-    """Every method minus plain LoRA, paired, mean over the tasks that have both."""
-    conditions, tasks = cells.names(1), cells.names(0)
+    """Every method minus plain LoRA, paired, mean over the `pooled` tasks that have both."""
+    conditions, tasks = cells.names(1), pooled(cells)
     rows = [["method − plain LoRA", *conditions]]
     for method in cells.names(2):
         if method == PLAIN:
@@ -69,7 +75,7 @@ def against_plain(cells: Cells) -> str:
 def gaps(cells: Cells) -> str:
     """How much of the gap between plain LoRA and the oracle each method closes, per cent."""
     tasks, conditions = (
-        cells.names(0),
+        pooled(cells),
         [c for c in cells.names(1) if c not in ("clean", "longtail")],
     )
     rows = [["gap closed, %", *conditions]]
@@ -114,7 +120,7 @@ def rare_table(cells: Cells) -> str:
 
 def tables(cells: Cells) -> str:
     """All of them as Markdown."""
-    parts = ["## Claims", claims(cells, [task for task in CORE if task in cells.names(0)])]
+    parts = ["## Claims", claims(cells, pooled(cells))]
     parts += ["## Against plain LoRA, points, 95 % interval (tasks)", against_plain(cells)]
     parts += ["## Part of the gap to the oracle", gaps(cells)]
     parts += ["## Wrong targets found", found_table(cells)]
@@ -179,7 +185,7 @@ def plot(cells: Cells, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    conditions, tasks = cells.names(1), cells.names(0)
+    conditions, tasks = cells.names(1), pooled(cells)
     methods = [m for m in cells.names(2) if m != PLAIN]
     figure, axes = pyplot.subplots(
         1, len(conditions), sharey=True, figsize=(3.2 * len(conditions), 0.32 * len(methods) + 1.2)

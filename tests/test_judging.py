@@ -15,11 +15,20 @@ from hypothesis import strategies as st
 
 from reference import inclusion_one_by_one
 from test_online import trainer_of
-from tsqlora.credibility import Credibility, drawable, from_null, null_percentiles
+from tsqlora.credibility import (
+    LIKE_NULL,
+    Credibility,
+    drawable,
+    from_null,
+    null_percentiles,
+)
 from tsqlora.judging import (
+    BY_HEART,
+    CLEARED,
     COMEBACK,
     LOWEST,
     LOWEST_OF_LABELS,
+    NO_SIGN,
     Judge,
     LabelVerdicts,
     inclusion,
@@ -156,6 +165,22 @@ def test_what_a_model_knows_by_heart_alone_is_no_verdict_on_the_others(
             assert (of.heeded == 1).all()
             assert np.isnan(of.wrong_share)
             assert "by heart" in of.verdict
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.0, 0.02))
+def test_no_sign_of_wrong_labels_is_qualified_where_many_looked_wrong_at_first_sight(
+    at_first: float, left: float
+) -> None:
+    judge, every = LabelVerdicts(1000), np.arange(1000)
+    judge.close(every, Credibility(np.ones(1000), np.nan, "", at_first))
+    judge.close(every, Credibility(np.full(1000, 1 - left), left, "", left))
+    if at_first > LIKE_NULL:
+        assert judge.verdict == BY_HEART
+    elif judge.wrong_share >= NO_SIGN:
+        assert f"about {judge.wrong_share:.0%}" in judge.verdict
+    else:
+        assert judge.verdict.startswith("no sign of wrong targets")
+        assert ("by heart" in judge.verdict) == (at_first > CLEARED)
 
 
 @given(st.integers(0, 99), st.floats(0.05, 0.4))

@@ -47,6 +47,10 @@ LOWEST, LOWEST_OF_LABELS = 1e-3, 0.05
 of the rounds that a doubted label is in."""
 COMEBACK = 0.5
 """Of a doubted sample, the part of c_i with which it is in a round of the draw, at least w₀."""
+NO_SIGN = 0.005
+"""Below this share of wrong targets users are told that there is no sign of them."""
+CLEARED = 0.3
+"""With more of the pool than this like the null at first sight they are told that as well."""
 BY_HEART = (
     "targets are not judged: after an epoch the model did not know the task, and what it fits "
     "since it may know by heart; trusted rows (quality.reference) would tell"
@@ -108,7 +112,7 @@ class Verdicts:
         if not self.judged.any():
             return "targets are not judged: the model has not known the task for long enough"
         share = self.wrong_share
-        if share < 0.005:
+        if share < NO_SIGN:
             return "no sign of wrong targets"
         return f"about {share:.0%} of the targets look wrong"
 
@@ -140,16 +144,21 @@ class LabelVerdicts(Verdicts):
         random: ρ of the pool beside trusted rows (`trusted.random_share`), NaN where not known.
             Above 0 the first window is acted on, as hard labels are not taken for wrong ones then.
         scale: (1 - π) / (1 - ρ), by which c_i is the probability that a label is right.
-        by_heart: whether the first window looked like the null, so that nothing later is judged but
-            beside trusted rows.
+        at_first: ρ̂ of the first window, NaN before it ends.
         total, times: the sum and the number of the verdicts since the first window (N).
     """
 
-    random, scale, by_heart = np.nan, 1.0, False
+    random, scale, at_first = np.nan, 1.0, np.nan
 
     def __init__(self, samples: int, trusted: int = 0) -> None:
         super().__init__(samples, trusted)
         self.total, self.times = np.zeros(samples), np.zeros(samples)
+
+    @property
+    def by_heart(self) -> bool:
+        """Whether the first window looked like the null: then nothing later is judged but beside
+        trusted rows."""
+        return self.at_first > LIKE_NULL
 
     @property
     def told(self) -> Floats:
@@ -168,6 +177,11 @@ class LabelVerdicts(Verdicts):
         """One sentence for the user."""
         if self.windows > 1 and self.by_heart and not self.judged.any():
             return BY_HEART
+        if self.judged.any() and self.wrong_share < NO_SIGN and self.at_first > CLEARED:
+            return (
+                f"no sign of wrong targets after the first epoch; in it {self.at_first:.0%} looked "
+                "like mismatched ones, which the model may know by heart since"
+            )
         return super().verdict + "; judged beside the trusted ones" * (self.random > 0)
 
     @property
@@ -184,7 +198,7 @@ class LabelVerdicts(Verdicts):
         """Take the verdicts on a window's samples; where nothing is known those before stand."""
         self.windows += 1
         if self.windows == 1:
-            self.by_heart = bool(found.like_null > LIKE_NULL)
+            self.at_first = found.like_null
         if found.known and (self.random > 0 or not self.by_heart):
             self.credibility[positions], self.judged[positions] = found.values, True
             if self.windows > 1:
@@ -195,7 +209,7 @@ class LabelVerdicts(Verdicts):
         """All of it as arrays."""
         own = {
             "random": np.asarray([self.random, self.scale]),
-            "by_heart": np.asarray([self.by_heart]),
+            "at_first": np.asarray([self.at_first]),
             "total": self.total,
             "times": self.times,
         }
@@ -206,7 +220,7 @@ class LabelVerdicts(Verdicts):
         super().load(state)
         self.total, self.times = (state[f"judge.{name}"].copy() for name in ("total", "times"))
         self.random, self.scale = map(float, state["judge.random"])
-        self.by_heart = bool(state.get("judge.by_heart", [False])[0])
+        self.at_first = float(state.get("judge.at_first", [np.nan])[0])
 
 
 class Judge(Verdicts):
