@@ -223,7 +223,7 @@ def from_reference(
     gain = 2 * (likelihood[best] - likelihood[0])
     if gain * len(reference_u) / (len(reference_u) + len(u)) < SIGNIFICANT:
         return Credibility(
-            column(len(u), fill=1), 0.0, "no sign of wrong targets beside the reference"
+            column(len(u), fill=1), 0.0, "no sign of wrong targets beside the reference", 0.0
         )
     density = float(grid[best, 0])
     share = share_of_wrong(density, classes)
@@ -231,7 +231,8 @@ def from_reference(
     fitted = IsotonicRegression(increasing=False).fit_transform(
         np.arange(BINS), (1 - density) * trusted / mixture, sample_weight=np.maximum(counts, 1)
     )
-    return Credibility(_by_bin(u, fitted), share, f"about {share:.0%} of the targets look wrong")
+    verdict = f"about {share:.0%} of the targets look wrong"
+    return Credibility(_by_bin(u, fitted), share, verdict, density)
 
 
 def beside(u: Floats, density: float, classes: int | None = None) -> Credibility:
