@@ -162,7 +162,7 @@ def front_page(cells: Cells) -> str:
     """Plain LoRA, the default and the oracle on every core task."""
     conditions = (*CORE_CONDITIONS, "longtail")
     rows: list[list[str]] = [["task", "method", *conditions]]
-    for task, method in product((t for t in CORE if t in cells.names(0)), (PLAIN, OURS, "oracle")):
+    for task, method in product(pooled(cells), (PLAIN, OURS, "oracle")):
         found = [list(cells.values(task, c, method).values()) for c in conditions]
         shown = [_shown(values) if values else "" for values in found]
         rows.append([task if method == PLAIN else "", f"`{method}`", *shown])

@@ -250,6 +250,17 @@ def test_tables_show_every_task_and_method_with_its_seeds() -> None:
     assert "| `tsqlora` | 8.0 [8.0, 8.0] (1) |" in text
 
 
+def test_means_are_taken_over_the_core_tasks_where_there_are_any() -> None:
+    both = (("lora", 50.0), ("oracle", 70.0), ("tsqlora", 60.0))
+    core = [x for method, metric in both for x in five(method, [metric] * 5, task="trec")]
+    own = [*five("lora", [10.0] * 5), *five("oracle", [20.0] * 5), *five("tsqlora", [90.0] * 5)]
+    means, claimed = (r"| `tsqlora` | 10.0 [10.0, 10.0] (1) |", "50.0 % [50.0, 50.0] (1 tasks")
+    for lines in (core, [*core, *own]):
+        assert means in tables(Cells(lines))
+        assert claimed in tables(Cells(lines))
+    assert "| `tsqlora` | 80.0 [80.0, 80.0] (1) |" in tables(Cells(own))
+
+
 def test_the_front_page_shows_every_core_task_whether_the_default_wins_there_or_not() -> None:
     lines = [line(method, 0, 50.0, task=task) for task in CORE for method in ("lora", "tsqlora")]
     shown = front_page(Cells([*lines, line("adalora", 0, 99.0), line("lora", 0, 1.0, task="mine")]))

@@ -86,6 +86,13 @@ def test_labels_taken_for_a_class_that_the_model_leans_to_are_found_by_what_it_c
     assert np.mean(found) > 1.3 * np.mean(by_null)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_both_judges_together_tell_what_part_of_the_labels_is_like_the_null(share: float) -> None:
+    pool, _ = judged(3000, share, False, 0)
+    alike = share / (1 - share / (CLASSES - 1))
+    assert credibility(pool).like_null == pytest.approx(alike, rel=0.2)
+
+
 @given(st.integers(0, 2**31), st.floats(0.03, 0.3), st.floats(0, 0.5))
 @settings(max_examples=30)
 def test_what_the_null_explains_is_not_doubted_again(

@@ -226,13 +226,11 @@ def from_reference(
             column(len(u), fill=1), 0.0, "no sign of wrong targets beside the reference", 0.0
         )
     density = float(grid[best, 0])
-    share = share_of_wrong(density, classes)
     mixture = (1 - density) * trusted + density / BINS
     fitted = IsotonicRegression(increasing=False).fit_transform(
         np.arange(BINS), (1 - density) * trusted / mixture, sample_weight=np.maximum(counts, 1)
     )
-    verdict = f"about {share:.0%} of the targets look wrong"
-    return Credibility(_by_bin(u, fitted), share, verdict, density)
+    return _judged(_by_bin(u, fitted), density, classes)
 
 
 def beside(u: Floats, density: float, classes: int | None = None) -> Credibility:
@@ -242,8 +240,7 @@ def beside(u: Floats, density: float, classes: int | None = None) -> Credibility
     silent; c is 0 where f is ρ, at or below chance.
     """
     values = _by_bin(u, np.clip(1 - density / _decreasing_density(u), 0, 1))
-    share = share_of_wrong(density, classes)
-    return Credibility(values, share, f"about {share:.0%} of the targets look wrong", density)
+    return _judged(values, density, classes)
 
 
 def share_of_wrong(density: float, classes: int | None) -> float:
@@ -252,6 +249,11 @@ def share_of_wrong(density: float, classes: int | None) -> float:
     Of classes the null now and then has a right label for a wrong one.
     """
     return density if classes is None else density / (1 + density / max(classes - 1, 1))
+
+
+def _judged(values: Floats, density: float, classes: int | None) -> Credibility:
+    share = share_of_wrong(density, classes)
+    return Credibility(values, share, f"about {share:.0%} of the targets look wrong", density)
 
 
 def _unknown(u: Floats, why: str, density: float = float("nan")) -> Credibility:
