@@ -138,7 +138,9 @@ def test_a_byte_order_mark_carriage_returns_and_blank_lines_are_let_pass(tmp_pat
     assert load_dataset(str(path), "data.train")["a"] == [1, 2]
 
 
-@pytest.mark.parametrize(("ending", "tab"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize(
+    ("ending", "tab"), [("csv", ","), ("tsv", "\t"), ("csv", ";"), ("csv", "\t")]
+)
 def test_a_table_of_text_has_numbers_where_a_column_holds_nothing_else(
     tmp_path: Path, ending: str, tab: str
 ) -> None:
@@ -155,6 +157,27 @@ def test_a_table_of_text_has_numbers_where_a_column_holds_nothing_else(
         {"word": "null", "count": -2, "score": 1e3, "zip": "10115", "flag": "false", "empty": None},
         dict.fromkeys(["word", "count", "score", "zip", "flag", "empty"]),
     ]
+
+
+def test_a_comma_in_the_header_parts_it_whatever_else_stands_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text;note,"a\n;b"\nx;y,1\n', encoding="utf-8")
+    assert without_ids(load_dataset(str(path), "data.train")) == [{"text;note": "x;y", "a\n;b": 1}]
+    path.write_text('"a, b";c\n"x; y";1,5\n', encoding="utf-8")
+    assert without_ids(load_dataset(str(path), "data.train")) == [{"a, b": "x; y", "c": 1.5}]
+    path.write_text('"a; b"\nx; y\n', encoding="utf-8")
+    assert without_ids(load_dataset(str(path), "data.train")) == [{"a; b": "x; y"}]
+
+
+def test_where_semicolons_part_a_table_the_comma_is_the_decimal_point(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a;b;c;d\n-1,5;1,5;007,5;3\n2;1,5,2;1;;\n".replace(";;", ";"), encoding="utf-8")
+    assert without_ids(load_dataset(str(path), "data.train")) == [
+        {"a": -1.5, "b": "1,5", "c": "007,5", "d": 3},
+        {"a": 2.0, "b": "1,5,2", "c": "1", "d": None},
+    ]
+    path.write_text('a,b\n"1,5",x\n', encoding="utf-8")
+    assert load_dataset(str(path), "data.train")["a"] == ["1,5"], "elsewhere it may be anything"
 
 
 def test_parquet_categories_are_text(tmp_path: Path) -> None:
@@ -283,6 +306,7 @@ BAD_FILES = [
     ("a.json", b'[{"a": 1}, 2]', "a.json, item 1: expected an object, not 2"),
     ("a.json", b'[{"a": 1}, {"a": [2]}]', "a.json, item 1: the value of 'a', [2], does not fit"),
     ("a.csv", b"a,b\n1,2\n\n3\n", "a.csv, line 4: 1 fields where the header has 2"),
+    ("a.csv", b"a;b\n1;2;3\n", "a.csv, line 2: 3 fields where the header has 2"),
     ("a.csv", b'a,b\n"1,2\n3,4\n', "a.csv, line 3: unexpected end of data"),
     ("a.csv", b'a,b\n"x" y,2\n', "a.csv, line 2: ',' expected after '\"'"),
     ("a.csv", b"a,b,a\n1,2,3\n", "a.csv, line 1: the column 'a' stands twice. Rename one"),

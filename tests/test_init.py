@@ -217,6 +217,17 @@ def test_missing_values_are_a_note(tmp_path: Path) -> None:
     assert yaml.safe_load(text)["data"]["target"] == "label"
 
 
+def test_classes_spelt_in_two_ways_are_a_note(tmp_path: Path) -> None:
+    from tsqlora.seeing import see
+
+    rows = [
+        {"sentence": said(random.Random(i)), "label": "bad" if i % 2 else "Bad"} for i in range(40)
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    seen = see(str(tmp_path / "rows.jsonl"), model=save_bert(tmp_path / "model"))
+    assert [note for note in seen.notes if "'Bad' / 'bad'" in note]
+
+
 def test_data_without_text_is_refused_with_what_is_there(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"a": i % 2, "b": i / 7} for i in range(20)])
     with pytest.raises(

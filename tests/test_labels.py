@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,8 @@ from datasets import ClassLabel
 
 import tiny_text as tiny
 from tsqlora.errors import DataError
+from tsqlora.inputs import Inputs
+from tsqlora.labels import spelling_note
 
 TEXTS = ["a good film", "bad", "the film was not very good", "dull dull dull one two"]
 
@@ -66,3 +70,33 @@ def test_labels_that_make_no_classes_are_refused(
     train = tiny.rows(text=["a"] * len(labels), label=labels)
     with pytest.raises(DataError, match=message):
         tiny.task_of(bert, "classification", {"text": "text", "target": "label"}, train)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("no", "yes"), None),
+        (("a b", "ab", "a-b"), None),
+        (("0", "1", "10"), None),
+        (("No", "no ", "yes"), "'No' / 'no '"),
+        (("a  b", "A\u00a0B", "c", "C"), "'a  b' / 'A\\xa0B', 'c' / 'C'"),
+        ([x for i in range(7) for x in (f"k{i}", f"K{i}")], "'k4' / 'K4' and 2 more"),
+    ],
+)
+def test_classes_that_differ_in_case_or_spaces_alone_are_told(
+    names: tuple[str, ...], told: str | None
+) -> None:
+    note = spelling_note(names)
+    assert note is None if told is None else f"{told}. They are learnt as" in (note or "")
+
+
+def test_a_run_warns_of_classes_that_are_spelt_in_two_ways(
+    bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tiny.rows(text=TEXTS, label=["bad", "Bad ", "good", "good"])
+    rows.remove_columns("id").to_json(tmp_path / "train.jsonl")
+    data = {"train": str(tmp_path / "train.jsonl"), "text": "text", "target": "label"}
+    with caplog.at_level(logging.WARNING, "tsqlora"):
+        task = Inputs(tiny.config(bert, "classification", data)).task
+    assert task.labels == ("Bad ", "bad", "good"), "they are told of, not changed"
+    assert "'Bad ' / 'bad'" in caplog.text

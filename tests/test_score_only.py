@@ -175,6 +175,13 @@ def test_rows_of_csv_keep_their_quotes_line_breaks_and_order(tmp_path: Path, end
     assert out.read_bytes() == b"\xef\xbb\xbf" + rest.encode()
 
 
+def test_rows_of_a_csv_that_semicolons_part_keep_them(tmp_path: Path) -> None:
+    source, out = tmp_path / "a.csv", tmp_path / "b.csv"
+    source.write_bytes(b'text;label\r\n"a; ""b""\nc";1\r\nplain, yes;2\r\n')
+    assert write_clean(str(source), "train", [0], out) == 1
+    assert out.read_bytes() == b"text;label\r\nplain, yes;2\r\n"
+
+
 @settings(max_examples=40)
 @given(rows=st.lists(st.tuples(st.text(), st.integers()), min_size=1, max_size=12), data=st.data())
 def test_the_rows_that_are_left_are_the_loaded_ones(

@@ -18,6 +18,7 @@ from datasets import Dataset
 from tsqlora.artefacts import atomic_file
 from tsqlora.errors import DataError
 from tsqlora.sources import Source, listed, load_source, source_files
+from tsqlora.table_files import delimiter_of
 
 LINES, TABLES = (".jsonl",), (".csv", ".tsv")
 WRITTEN = (*LINES, *TABLES, ".parquet")
@@ -115,9 +116,8 @@ def _records(path: Path) -> Iterator[tuple[bool | None, bytes]]:
                 taken.append(line)
                 yield line.decode("utf-8-sig" if number == 0 else "utf-8")
 
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     first = True
-    for fields in csv.reader(lines(), delimiter=delimiter, strict=True):
+    for fields in csv.reader(lines(), delimiter=delimiter_of(path), strict=True):
         raw = b"".join(taken)
         taken.clear()
         yield (None if first else True) if fields else False, raw

@@ -27,13 +27,14 @@ _SPLITS = {"data.train": "train", "data.validation": "validation", "data.test": 
 def load_dataset(source: Source, where: str) -> Dataset:
     """The data set that `source` names, in memory, with an int64 column `id`.
 
-    `source` is a path or glob of .jsonl, .json, .csv, .tsv or .parquet files, a folder saved by
-    `datasets`, or a hub data set `name[:config]`, or a list of these, one after the other. Of a
-    folder or hub data set with several splits the one that `where`, the field of the
-    configuration, asks for is taken, unless one is named: `name:config:train`, or in brackets with
-    the slices of `datasets`: `name:config[train[:10%]+validation]`. A column of records becomes one
-    of each of its fields: `translation.en`. `id` is the number of the row in what was loaded, from
-    0; a column `id` of the data is `id_`.
+    `source` is a path or glob of .jsonl, .json, .csv, .tsv or .parquet files (a .csv with semicolons
+    or tabs for commas is read as such), a folder saved by `datasets`, or a hub data set
+    `name[:config]`, or a list of these, one after the other. Of a folder or hub data set with
+    several splits the one that `where`, the field of the configuration, asks for is taken, unless
+    one is named: `name:config:train`, or in brackets with the slices of `datasets`:
+    `name:config[train[:10%]+validation]`. A column of records becomes one of each of its fields:
+    `translation.en`. `id` is the number of the row in what was loaded, from 0; a column `id` of the
+    data is `id_`.
 
     Raises:
         DataError: there is nothing there, or something in it cannot be read; with file and line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
-from tsqlora import __version__
+from tsqlora import __version__, processes
 from tsqlora.artefacts import digest
 from tsqlora.batches import subset
 from tsqlora.config import RunConfig
@@ -18,8 +19,11 @@ from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
 from tsqlora.encoded import on_disk
 from tsqlora.errors import ConfigError
 from tsqlora.initial import InitialAdapter
+from tsqlora.labels import spelling_note
 from tsqlora.tasks import Task, make_task
 from tsqlora.trusted import joined
+
+logger = logging.getLogger("tsqlora")
 
 NEEDS: dict[str, list[str]] = {
     "adaptation": [
@@ -107,7 +111,10 @@ class Inputs:
     @cached_property
     def task(self) -> Task:
         """The task, its labels taken from the training data."""
-        return make_task(self.config, self.raw["train"])
+        task = make_task(self.config, self.raw["train"])
+        if processes.is_main() and (note := spelling_note(task.labels)):
+            logger.warning(note)
+        return task
 
     @cached_property
     def splits(self) -> Splits:

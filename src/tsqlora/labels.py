@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
@@ -57,3 +59,19 @@ def class_names(train: Dataset, column: str, where: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(label_name(value) for value in sorted(used)))
     except DataError as error:
         raise DataError(f"{where}: {column!r}: {error}") from None
+
+
+def spelling_note(names: Iterable[str]) -> str | None:
+    """What to tell of classes that differ in case or spaces alone, as one typed by hand does."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        alike.setdefault(" ".join(folded.split()), []).append(name)
+    doubled = [" / ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if not doubled:
+        return None
+    more = f" and {len(doubled) - 5} more" if len(doubled) > 5 else ""
+    return (
+        f"Classes that differ only in case or spaces: {', '.join(doubled[:5])}{more}. They are "
+        "learnt as classes of their own; if they are one, write them alike in the data."
+    )

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset
 
 from tsqlora.data import load_dataset, render, require_columns, spec_columns
 from tsqlora.errors import DataError
-from tsqlora.labels import class_names
+from tsqlora.labels import class_names, spelling_note
 from tsqlora.loading import load_tokenizer
 from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look
 from tsqlora.packaged import NAME, default_encoder
@@ -119,6 +119,7 @@ def see(
     classes: tuple[str, ...] = ()
     if chosen.task == "classification":
         classes = class_names(dataset, chosen.data["target"], "data.train")
+        notes.extend(filter(None, [spelling_note(classes)]))
     return Seen(
         source, len(dataset), columns, chosen, classes, suggested, lengths, counted,
         validation, test, notes,

@@ -23,7 +23,9 @@ from tsqlora.mapped import Spool
 
 _NUMBERED_TEXT = r"^\s*[+-]?0[0-9xX]"
 """What begins so (007, 0x1f) is a name rather than a number."""
+_WITH_COMMA = r"^\s*[+-]?\d+(,\d+)?\s*$"
 
+_DELIMITERS = (",", ";", "\t")
 ROWS_AT_ONCE = 10_000
 """Rows that are worked on at a time."""
 _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)
@@ -97,15 +99,29 @@ def _read_json(path: Path) -> pa.Table:
     return _table(rows, path, lambda row: f"item {row}")
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
+def delimiter_of(path: Path) -> str:
+    """Of a .tsv the tab; of a .csv the comma or, where that leaves the header whole, the semicolon
+    or tab that parts it: spreadsheets write those where the comma is the decimal point."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    return next((d for d in _DELIMITERS if len(_header(path, d)) > 1), _DELIMITERS[0])
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+    return next(filter(None, reader), [])
+
+
+def _read_csv(path: Path) -> pa.Table:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-    rows, lines = [], []
+    delimiter, lines = delimiter_of(path), (line for _, line in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows, numbers = [], []
     try:
         for fields in reader:
             if fields:
                 rows.append(fields)
-                lines.append(reader.line_num)
+                numbers.append(reader.line_num)
     except csv.Error as error:
         raise DataError(
             f"{path}, line {reader.line_num}: {error}. A field that holds a quote, a delimiter or "
@@ -114,14 +130,15 @@ def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
     header = rows.pop(0) if rows else []
     if doubled := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{path}, line 1: the column {doubled[0]!r} stands twice. Rename one.")
-    for fields, line in zip(rows, lines[1:], strict=True):
+    for fields, line in zip(rows, numbers[1:], strict=True):
         if len(fields) != len(header):
             raise DataError(
                 f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}. A "
                 "field that holds a delimiter goes in double quotes."
             )
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
-    return pa.table([_numbers_or_text(column) for column in columns], names=header)
+    arrays = [_numbers_or_text(column, delimiter == ";") for column in columns]
+    return pa.table(arrays, names=header)
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -146,7 +163,7 @@ READERS: Mapping[str, Callable[[Path], pa.Table]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": lambda path: _read_csv(path, "\t"),
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 """How a file is read, by its ending."""
@@ -209,15 +226,19 @@ def _fits(values: list[Any]) -> bool:
     return False
 
 
-def _numbers_or_text(cells: Sequence[str]) -> pa.Array:
-    """Whole numbers, else numbers, else text; an empty cell is null."""
+def _numbers_or_text(cells: Sequence[str], comma: bool) -> pa.Array:
+    """Whole numbers, else numbers, `comma` being their decimal point, else text; an empty cell is
+    null."""
     text = pa.array([cell or None for cell in cells], pa.string())
     if text.null_count == len(text):
         return pa.nulls(len(text))
-    if not pc.any(pc.match_substring_regex(text, _NUMBERED_TEXT)).as_py():
-        for kind in (pa.int64(), pa.float64()):
-            with suppress(pa.ArrowInvalid):
-                return text.cast(kind)
+    if pc.any(pc.match_substring_regex(text, _NUMBERED_TEXT)).as_py():
+        return text
+    with_comma = comma and pc.all(pc.match_substring_regex(text, _WITH_COMMA)).as_py()
+    numbers = pc.replace_substring(text, ",", ".") if with_comma else text
+    for kind in (pa.int64(), pa.float64()):
+        with suppress(pa.ArrowInvalid):
+            return numbers.cast(kind)
     return text
 
 
