@@ -27,8 +27,8 @@ _SPLITS = {"data.train": "train", "data.validation": "validation", "data.test": 
 def load_dataset(source: Source, where: str) -> Dataset:
     """The data set that `source` names, in memory, with an int64 column `id`.
 
-    `source` is a path or glob of .jsonl, .json, .csv, .tsv or .parquet files (a .csv with semicolons
-    or tabs for commas is read as such), a folder saved by `datasets`, or a hub data set
+    `source` is a path or glob of .jsonl, .json, .csv, .tsv or .parquet files (a .csv may have
+    semicolons or tabs for its commas), a folder saved by `datasets`, or a hub data set
     `name[:config]`, or a list of these, one after the other. Of a folder or hub data set with
     several splits the one that `where`, the field of the configuration, asks for is taken, unless
     one is named: `name:config:train`, or in brackets with the slices of `datasets`:
