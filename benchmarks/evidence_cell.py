@@ -14,6 +14,8 @@ from tsqlora.config import RunConfig
 from tsqlora.training import GROUPED
 
 RANK = 8
+SCALE = 2.0
+"""alpha / r of plain LoRA and its kin; of rank 4 too, where twice as much is no better (LOG.md)."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The methods of the evidence: plain LoRA and its rivals, and TsqLoRA whole and in halves.
 
 Every method gets the same modules, the same mean rank unless its name says otherwise, the same
-batch, schedule and scale, its own tuned rate, and the same cost in all: `epochs` passes over the
-cell's rows, scoring and whatever else it needs included.
+batch, schedule and scale (of TsqLoRA at rank 4 its default there), its own tuned rate, and the same
+cost in all: `epochs` passes over the cell's rows, scoring and whatever else it needs included.
 """
 
 from __future__ import annotations

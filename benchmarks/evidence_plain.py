@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from evidence_cell import RANK, Cell, Outcome
+from evidence_cell import RANK, SCALE, Cell, Outcome
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
@@ -52,7 +52,7 @@ class Plain:
     def run(self) -> Outcome:
         """Train, measure on validation and test."""
         started = time.perf_counter()
-        config = self.cell.config(ranks={"mean_rank": self.rank})
+        config = self.cell.config(ranks={"mean_rank": self.rank}, adapter={"scale": SCALE})
         inputs = Inputs(config)
         pool = inputs.splits.train
         rows = self.rows(pool) if self.rows else pool

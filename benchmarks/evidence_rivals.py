@@ -101,7 +101,7 @@ def _adalora(cell: Cell) -> Callable[[Inputs, int], PeftModel]:
         config = AdaLoraConfig(
             init_r=first,
             target_r=rank,
-            lora_alpha=inputs.config.adapter.scale * first,  # PEFT divides by the first rank
+            lora_alpha=inputs.config.scale * first,  # PEFT divides by the first rank
             target_modules=plain.target_modules,
             modules_to_save=plain.modules_to_save,
             task_type=plain.task_type,

@@ -94,7 +94,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         ),
         ranks=draw(rank_configs()),
         adapter=AdapterConfig(
-            draw(words | modules), scale=draw(positive), init=draw(st.none() | paths)
+            draw(words | modules), scale=draw(st.none() | positive), init=draw(st.none() | paths)
         ),
         metrics=None if named is None else tuple(named),
         training=draw(training),
@@ -165,6 +165,27 @@ def test_a_number_written_as_text_is_a_number(number: object) -> None:
     mapping = {**GOOD, "training": {"learning_rate": number}, "adapter": {"scale": number}}
     config = RunConfig.from_dict(mapping)
     assert config.training["learning_rate"] == config.adapter.scale == 0.001
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scale"),
+    [
+        ({}, 2),
+        ({"mean_rank": 64, "max_rank": 64}, 2),
+        ({"mean_rank": 6}, 3),
+        ({"mean_rank": 4}, 4),
+        ({"mean_rank": 3}, 5),
+        ({"mean_rank": 1.5}, 11),
+        ({"mean_rank": 0.25}, 16),
+        ({"parameters": 1000}, 2),
+    ],
+)
+def test_alpha_is_sixteen_below_rank_eight_and_twice_the_rank_above(
+    ranks: dict[str, float], scale: float
+) -> None:
+    assert RunConfig.from_dict({**GOOD, "ranks": ranks}).scale == scale
+    given = {**GOOD, "ranks": ranks, "adapter": {"scale": 0.5}}
+    assert RunConfig.from_dict(given).scale == 0.5
 
 
 def test_text_that_looks_like_a_number_stays_text_where_text_is_asked_for() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsqlora.artefacts import atomic_write_json
+from tsqlora.config import default_scale
 from tsqlora.errors import ConfigError, RunError
 from tsqlora.rank_rules import PROPORTIONAL, worth_by
 
@@ -97,7 +98,7 @@ def allocate_ranks(
     parameters: int | None = None,
     min_rank: int = 0,
     max_rank: int = 32,
-    scale: float = 2.0,
+    scale: float | None = None,
     rule: str = PROPORTIONAL,
 ) -> RankPlan:
     """Ranks by sensitivity, exactly within a budget of parameters.
@@ -111,6 +112,7 @@ def allocate_ranks(
     that may still grow and still fit. So more sensitivity never gives less rank at equal cost, and
     a module's rank never falls when the budget grows while all fit. Of equal worth the lower rank
     comes first, then the more sensitive, then the first name. Modules of worth 0 come last, evenly.
+    `scale` is alpha / r in all of them, `default_scale` where it is not given.
 
     Raises:
         ConfigError: the bounds are impossible, the budget lies below min_rank everywhere, or the
@@ -137,6 +139,7 @@ def allocate_ranks(
         left -= sum(shapes[name])
         if ranks[name] < caps[name]:
             heapq.heappush(heap, claim(name))
+    scale = scale or default_scale(mean_rank)
     return RankPlan({name: ranks[name] for name in shapes}, dict(shapes), scale, budget)
 
 

@@ -169,9 +169,19 @@ class RanksConfig:
             object.__setattr__(self, "mean_rank", None)
 
 
+def default_scale(mean_rank: float | None) -> float:
+    """alpha / r for this mean rank: 16 / mean_rank to a whole number, as alphas are then, from 2 to
+    16; 2 where the budget is in parameters.
+
+    Below rank 8 the fewer components have to take larger steps (benchmarks/LOG.md).
+    """
+    return float(min(16, max(2, round(16 / mean_rank)))) if mean_rank else 2.0
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which modules are adapted or trained whole; `scale` is alpha / r, the same everywhere.
+    """Which modules are adapted or trained whole; `scale` is alpha / r, the same everywhere, by
+    default `default_scale` of the mean rank.
 
     `init` is the folder of a LoRA adapter to go on from: its modules are the targets, the first
     steps train it as it is, and the planned adapter begins as the best approximation of it that
@@ -183,7 +193,7 @@ class AdapterConfig:
 
     target_modules: _Name | _Names = "all-linear"
     modules_to_save: tuple[_Name, ...] = ()
-    scale: _Positive = 2.0
+    scale: _Positive | None = None
     dropout: _Dropout = 0.0
     init: _Path | None = None
     start: Literal["auto", "gradient", "random"] = "auto"
@@ -241,6 +251,11 @@ class RunConfig:
         if problems:
             raise ConfigError.of([f"{path}: {problem}" for problem in problems])
         return cls(**values)
+
+    @property
+    def scale(self) -> float:
+        """alpha / r of every module: `adapter.scale` or, by default, by the mean rank."""
+        return self.adapter.scale or default_scale(self.ranks.mean_rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, all defaults written out, in the order of the documented schema."""

@@ -215,7 +215,7 @@ class Run:
             parameters=ranks.parameters,
             min_rank=ranks.min_rank,
             max_rank=ranks.max_rank,
-            scale=self.config.adapter.scale,
+            scale=self.config.scale,
             rule=ranks.rule,
         )
         plan.save(self.folder.plan)

@@ -51,7 +51,7 @@ def first_model(config: RunConfig, base: PreTrainedModel) -> PeftModel:
     initial = initial_adapter(config)
     if initial is None:
         return wrap(base, uniform_config(config, base))
-    return initial.load(base, config.adapter.scale)
+    return initial.load(base, config.scale)
 
 
 def untrained_model(

@@ -95,7 +95,7 @@ def uniform_config(config: RunConfig, base: PreTrainedModel, dropout: float = 0.
     adapter, rank = config.adapter, max(1, round(config.ranks.mean_rank or 8))
     return LoraConfig(
         r=rank,
-        lora_alpha=adapter.scale * rank,  # type: ignore[arg-type]
+        lora_alpha=config.scale * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=resolve_targets(base, config.task, adapter.target_modules),
         modules_to_save=list(adapter.modules_to_save) or None,
