@@ -142,7 +142,7 @@ def test_what_was_not_given_has_the_documented_default() -> None:
     config = RunConfig.from_dict(GOOD)
     assert config.data == DataConfig("train.jsonl", text="sentence", target="label", max_length=128)
     assert (config.quality, config.ranks) == (QualityConfig(), RanksConfig(mean_rank=8))
-    assert (config.adapter, config.training) == (AdapterConfig("all-linear", (), 2.0, 0.0), {})
+    assert (config.adapter, config.training) == (AdapterConfig("all-linear", (), None, 0.0), {})
     assert RunConfig.from_dict({**GOOD, "quality": None, "training": None}) == config
 
 
@@ -282,7 +282,7 @@ BAD = [
     ("ranks", {"dynamic": False, "compact": True}, "ranks.compact is for ranks.dynamic: true"),
     ("ranks.rule", "wasserfall", "waterfill, marginal_gain or uniform, not 'wasserfall'"),
     ("ranks.dynamic", "yes", "ranks.dynamic must be true or false, not 'yes'"),
-    ("adapter.scale", 0, "adapter.scale must be a number above 0, not 0"),
+    ("adapter.scale", 0, "adapter.scale must be a number above 0 or null, not 0"),
     ("adapter.dropout", 1, "adapter.dropout must be a number of at least 0 and below 1, not 1"),
     ("adapter.target_modules", [], "adapter.target_modules must be text or a list (text), not []"),
     ("data.max_length", 0, "data.max_length must be a whole number of at least 1, not 0"),
