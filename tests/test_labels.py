@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from datasets import ClassLabel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny_text as tiny
 from tsqlora.errors import DataError
 from tsqlora.inputs import Inputs
-from tsqlora.labels import spelling_note
+from tsqlora.labels import label_notes
 
 TEXTS = ["a good film", "bad", "the film was not very good", "dull dull dull one two"]
 
@@ -86,17 +88,48 @@ def test_labels_that_make_no_classes_are_refused(
 def test_classes_that_differ_in_case_or_spaces_alone_are_told(
     names: tuple[str, ...], told: str | None
 ) -> None:
-    note = spelling_note(names)
-    assert note is None if told is None else f"{told}. They are learnt as" in (note or "")
+    train = tiny.rows(text=[f"{i}" for i in range(len(names))], label=list(names))
+    notes = label_notes(train, ["text"], "label", names)
+    assert not notes if told is None else f"{told}. They are learnt as" in notes[0]
 
 
-def test_a_run_warns_of_classes_that_are_spelt_in_two_ways(
+def test_a_run_warns_of_labels_that_contradict_each_other(
     bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = tiny.rows(text=TEXTS, label=["bad", "Bad ", "good", "good"])
+    rows = tiny.rows(text=[*TEXTS, TEXTS[0]], label=["bad", "Bad ", "good", "good", "good"])
     rows.remove_columns("id").to_json(tmp_path / "train.jsonl")
     data = {"train": str(tmp_path / "train.jsonl"), "text": "text", "target": "label"}
     with caplog.at_level(logging.WARNING, "tsqlora"):
         task = Inputs(tiny.config(bert, "classification", data)).task
     assert task.labels == ("Bad ", "bad", "good"), "they are told of, not changed"
     assert "'Bad ' / 'bad'" in caplog.text
+    assert "2 rows have an input that comes with another label too" in caplog.text
+
+
+@settings(max_examples=50)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from(["a", "b", "A"]), st.sampled_from("xy"), st.integers(-1, 2)),
+        min_size=1,
+    ),
+    names=st.booleans(),
+)
+def test_inputs_that_come_with_several_labels_are_counted(
+    rows: list[tuple[str, str, int]], names: bool
+) -> None:
+    one, two, n = (list(column) for column in zip(*rows, strict=True))
+    train = tiny.rows(n=n, two=two, label_count=one)
+    if names:
+        train = train.cast_column("n", ClassLabel(names=["k0", "k1", "k2"]))
+    labels: dict[tuple[str, str], list[int]] = {}
+    for one, two, label in rows:
+        if label >= 0 or not names:  # -1 is no label of a ClassLabel
+            labels.setdefault((one, two), []).append(label)
+    several = [found for found in labels.values() if len(set(found)) > 1]
+    (note,) = label_notes(train, ["label_count", "two"], "n", ["k0", "k1", "k2"]) or [""]
+    assert bool(note) == bool(several)
+    if several:
+        said = f"{sum(map(len, several))} rows have an input that comes with another label too, "
+        first = sorted(f"k{n}" if names else str(n) for n in set(several[0]))
+        assert note.startswith(said)
+        assert f"({', '.join(first)}): at most one" in note

@@ -19,7 +19,8 @@ from tsqlora.data import dataset_fingerprint, load_dataset, split_validation
 from tsqlora.encoded import on_disk
 from tsqlora.errors import ConfigError
 from tsqlora.initial import InitialAdapter
-from tsqlora.labels import spelling_note
+from tsqlora.labels import label_notes
+from tsqlora.losses import CLASSIFICATION
 from tsqlora.tasks import Task, make_task
 from tsqlora.trusted import joined
 
@@ -111,9 +112,13 @@ class Inputs:
     @cached_property
     def task(self) -> Task:
         """The task, its labels taken from the training data."""
-        task = make_task(self.config, self.raw["train"])
-        if processes.is_main() and (note := spelling_note(task.labels)):
-            logger.warning(note)
+        train = self.raw["train"]
+        task = make_task(self.config, train)
+        if task.kind == CLASSIFICATION and processes.is_main():
+            target = str(self.config.data.target)
+            texts = [name for name in task.columns() if name != target]
+            for note in label_notes(train, texts, target, task.labels):
+                logger.warning(note)
         return task
 
     @cached_property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
 from tsqlora.errors import DataError
@@ -61,17 +62,54 @@ def class_names(train: Dataset, column: str, where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: {column!r}: {error}") from None
 
 
-def spelling_note(names: Iterable[str]) -> str | None:
-    """What to tell of classes that differ in case or spaces alone, as one typed by hand does."""
+def label_notes(
+    train: Dataset, texts: Sequence[str], target: str, names: Iterable[str]
+) -> list[str]:
+    """What to tell of the labels in column `target`, found without any model.
+
+    Classes that differ in case or spaces alone, and inputs, equal in the columns `texts`, that come
+    with more than one label.
+    """
+    return [note for note in (_spelling(names), _contradictions(train, texts, target)) if note]
+
+
+def _spelling(names: Iterable[str]) -> str:
     alike: dict[str, list[str]] = {}
     for name in names:
         folded = unicodedata.normalize("NFKC", name).casefold()
         alike.setdefault(" ".join(folded.split()), []).append(name)
     doubled = [" / ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     if not doubled:
-        return None
+        return ""
     more = f" and {len(doubled) - 5} more" if len(doubled) > 5 else ""
     return (
         f"Classes that differ only in case or spaces: {', '.join(doubled[:5])}{more}. They are "
         "learnt as classes of their own; if they are one, write them alike in the data."
     )
+
+
+def _contradictions(train: Dataset, texts: Sequence[str], target: str) -> str:
+    feature, named = train.features[target], isinstance(train.features[target], ClassLabel)
+    if not texts or not all(isinstance(train.features[name], Value) for name in texts):
+        return ""  # of lists, which are refused as texts
+    keys = [f"text{i}" for i in range(len(texts))]
+    table = train.select_columns([*texts, target]).with_format("arrow")[:]
+    table = table.select([*texts, target]).rename_columns([*keys, "label"]).drop_null()
+    if named:
+        table = table.filter(pc.greater_equal(table["label"], 0))
+    wanted = [("label", how) for how in ("count_distinct", "distinct", "count")]
+    several = table.group_by(keys, use_threads=False).aggregate(wanted)
+    several = several.filter(pc.greater(several["label_count_distinct"], 1))
+    if not len(several):
+        return ""
+    rows = pc.sum(several["label_count"]).as_py()
+    text, labels = several[keys[0]][0].as_py(), several["label_distinct"][0].as_py()
+    said = sorted(feature.int2str(n) if named else str(n) for n in labels)
+    return (
+        f"{rows:,} rows have an input that comes with another label too, such as "
+        f"{_short(str(text))!r} ({', '.join(said[:5])}): at most one of them can be right."
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset
 
 from tsqlora.data import load_dataset, render, require_columns, spec_columns
 from tsqlora.errors import DataError
-from tsqlora.labels import class_names, spelling_note
+from tsqlora.labels import class_names, label_notes
 from tsqlora.loading import load_tokenizer
 from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look
 from tsqlora.packaged import NAME, default_encoder
@@ -118,8 +118,10 @@ def see(
     validation, test = _splits(source, len(dataset), chosen, notes)
     classes: tuple[str, ...] = ()
     if chosen.task == "classification":
-        classes = class_names(dataset, chosen.data["target"], "data.train")
-        notes.extend(filter(None, [spelling_note(classes)]))
+        target = chosen.data["target"]
+        classes = class_names(dataset, target, "data.train")
+        inputs = [name for name in _used(chosen) if name != target]
+        notes.extend(label_notes(dataset, inputs, target, classes))
     return Seen(
         source, len(dataset), columns, chosen, classes, suggested, lengths, counted,
         validation, test, notes,
