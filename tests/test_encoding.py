@@ -81,6 +81,17 @@ def test_chat_targets_are_exactly_the_assistant_turns(llama: str) -> None:
         assert turns == ["yes</s>\n", "it is not dull</s>\n"]
 
 
+def test_a_chat_as_sharegpt_writes_it_is_the_same_chat(llama: str) -> None:
+    said = {"user": "human", "assistant": "gpt"}
+    theirs = [{"from": said[turn["role"]], "value": turn["content"]} for turn in CHAT]
+    system = [[{"role": "system", "content": "be dull"}], [{"from": "system", "value": "be dull"}]]
+    task = tiny.task_of(llama, "causal-lm", {"messages": "messages"}, tiny.rows(messages=[CHAT]))
+    for start, like in zip([[], system[0]], [[], system[1]], strict=True):
+        ours, others = (tiny.rows(messages=[[*a, *b]]) for a, b in ((start, CHAT), (like, theirs)))
+        encoded = [task.encode(rows, "data.train").to_list() for rows in (ours, others)]
+        assert encoded[0] == encoded[1]
+
+
 def test_chats_that_cannot_be_learnt_from_are_named(llama: str) -> None:
     task = tiny.task_of(llama, "causal-lm", {"messages": "messages"}, tiny.rows(messages=[CHAT]))
     for chat, message in (
@@ -88,6 +99,8 @@ def test_chats_that_cannot_be_learnt_from_are_named(llama: str) -> None:
         (CHAT[1:], "begins with the assistant"),
         ([], "no assistant turn"),
         ([CHAT[0], {"role": "assistant", "content": None}], "no `content`"),
+        ([CHAT[0], {"from": "gpt", "value": None}], "no `content`"),
+        ([CHAT[0], {"content": "yes"}], "`role` and `content`"),
         ([CHAT[0], {"role": "assistant", "content": " "}], "turns are empty"),
     ):
         with pytest.raises(DataError, match=f"^data.test: row 1: .*{message}"):

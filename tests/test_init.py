@@ -101,6 +101,17 @@ def test_what_init_writes_trains_as_it_is(
         (translated, "seq2seq", {"text": "dialogue", "target": "summary"}),
         (instructed, "causal-lm", {"text": "{instruction}\n{input}\n", "target": "output"}),
         (chatted, "causal-lm", {"messages": "messages"}),
+        (
+            lambda c, i: {
+                "id": str(i),
+                "conversations": [
+                    {"from": "human", "value": said(c)},
+                    {"from": "gpt", "value": said(c)},
+                ],
+            },
+            "causal-lm",
+            {"messages": "conversations"},
+        ),
         (plain, "causal-lm", {"text": "text"}),
         (
             lambda c, i: {"fine_label": i % 8, "coarse_label": i % 2, "text": said(c)},

@@ -24,9 +24,9 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsqlora"
 ORDER = [
     "errors", "progress", "schema", "conflicts", "config", "artefacts", "seals", "interruption",
     "claims",
-    "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data", "looking",
-    "losses", "quantized", "batches", "trials", "heads", "loading", "encoding", "encoded",
-    "labels", "base_task", "tasks", "generation", "metrics",
+    "processes", "checkpoints", "columns", "mapped", "table_files", "sources", "data", "chats",
+    "looking", "losses", "quantized", "batches", "trials", "heads", "loading", "encoding",
+    "encoded", "labels", "base_task", "tasks", "generation", "metrics",
     "hooks", "targets", "lora_layers", "factors", "experts",
     "step_progress", "global_batches", "memory", "adaptation", "per_sample_grads", "recording",
     "lookahead",

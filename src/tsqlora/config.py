@@ -58,8 +58,9 @@ class DataConfig:
 
     `train`, `validation` and `test` are sources, or lists of them, as `tsqlora.data.load_dataset`
     takes them; `validation` may be a fraction. `text` is a column, a pair of columns or a template,
-    `target` a column or template, `messages` the column of a chat. `max_length` is in tokens. Of a
-    larger train at most `max_train_samples` rows are taken, drawn by the run's seed.
+    `target` a column or template, `messages` the column of a chat (turns of `role` and `content`,
+    or of `from` and `value`). `max_length` is in tokens. Of a larger train at most
+    `max_train_samples` rows are taken, drawn by the run's seed.
     """
 
     train: _Sources

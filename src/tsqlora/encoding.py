@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tsqlora.chats import as_turn
 from tsqlora.errors import DataError, ModelError
 from tsqlora.losses import IGNORED
 
@@ -196,12 +197,14 @@ def _with_span_labels(
 
 
 def _turn(message: Any) -> dict[str, Any]:
-    """A message without the keys that a table fills with None."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DataError("a message is not a mapping with `role` and `content`. Mend the row.")
-    if message.get("content") is None and not message.get("tool_calls"):
-        raise DataError(f"a message of the {message['role']} has no `content`. Mend the row.")
-    return {key: value for key, value in message.items() if value is not None}
+    if (turn := as_turn(message)) is None:
+        raise DataError(
+            "a message is not a mapping with `role` and `content` (or `from` and `value`). Mend "
+            "the row."
+        )
+    if "content" not in turn and not turn.get("tool_calls"):
+        raise DataError(f"a message of the {turn['role']} has no `content`. Mend the row.")
+    return dict(turn)
 
 
 def _rendered(

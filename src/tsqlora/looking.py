@@ -2,7 +2,7 @@
 
 The rules, in this order; `choose_columns` says which one it went by.
 
-1. A column of lists of messages (`role` and `content`) is a chat.
+1. A column of lists of messages (`role` and `content`, or `from` and `value`) is a chat.
 2. Beside an instruction, prompt or question, a text column that is named as an answer is
    (`ANSWERS`) is a target to write, for causal-lm.
 3. A column that is named as a label is (`TARGETS`: label, class, intent, rating, ...), and holds
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from tsqlora.chats import as_turn
 from tsqlora.errors import DataError
 
 TARGETS = (
@@ -130,7 +131,7 @@ def _is_chat(values: Sequence[Any]) -> bool:
     return all(
         isinstance(value, list)
         and value
-        and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value)
+        and all(as_turn(message) and {"content", "value"} & message.keys() for message in value)
         for value in values
     )
 

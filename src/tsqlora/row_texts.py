@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tsqlora.chats import as_turn
 from tsqlora.config import DataConfig
 from tsqlora.data import render
 from tsqlora.errors import DataError
@@ -22,7 +23,8 @@ def said_of(
         DataError: a value is missing or is not text or a number.
     """
     if data.messages is not None:
-        turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in row[data.messages]]
+        said = [as_turn(message) or {} for message in row[data.messages]]
+        turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in said]
         return ("\n" if lines else " ").join(turns[:-1]), "".join(turns[-1:])
     specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
     text = ("\n" if lines else " ‖ ").join(render(row, spec) for spec in specs)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from tsqlora.chats import as_turn
 from tsqlora.data import load_dataset, render, require_columns, spec_columns
 from tsqlora.errors import DataError
 from tsqlora.labels import class_names, label_notes
@@ -132,7 +133,8 @@ def _texts(rows: Dataset, chosen: Chosen) -> list[tuple[str, str]]:
     """(input, target to write) of the rows that have both, as text."""
     if "messages" in chosen.data:
         column = rows[chosen.data["messages"]][:]
-        return [(" ".join(str(turn.get("content")) for turn in chat), "") for chat in column]
+        said = [[(as_turn(message) or {}).get("content") for message in chat] for chat in column]
+        return [(" ".join(map(str, contents)), "") for contents in said]
     text, target = chosen.data["text"], chosen.data.get("target")
     require_columns(rows, _used(chosen), "data.train")
     specs = [text] if isinstance(text, str) else list(text)
