@@ -114,6 +114,11 @@ def test_what_init_writes_trains_as_it_is(
         ),
         (plain, "causal-lm", {"text": "text"}),
         (
+            lambda c, i: {"text": said(c), "number": 7 * i, "score": 10 * i},
+            "regression",
+            {"text": "text", "target": "score"},
+        ),
+        (
             lambda c, i: {"fine_label": i % 8, "coarse_label": i % 2, "text": said(c)},
             "classification",
             {"text": "text", "target": "fine_label"},
@@ -226,6 +231,23 @@ def test_missing_values_are_a_note(tmp_path: Path) -> None:
     text = configuration(seen, "rows")
     assert "# NOTE: 'label' is missing in 1 of 41 rows" in text
     assert yaml.safe_load(text)["data"]["target"] == "label"
+
+
+def test_a_table_without_a_header_and_several_labels_a_row_are_notes(tmp_path: Path) -> None:
+    from tsqlora.seeing import see
+
+    model = save_bert(tmp_path / "model")
+    rows = [f"{said(random.Random(i))},{'bad' if i % 2 else 'good'}" for i in range(41)]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    seen = see(str(tmp_path / "rows.csv"), model=model)
+    assert (seen.rows, seen.chosen.task) == (40, "classification")
+    assert [
+        note for note in seen.notes if "'good' is the name of the column and of a class" in note
+    ]
+    several = [{"text": said(random.Random(i)), "labels": ["a", "b"][: i % 3]} for i in range(40)]
+    write_rows(tmp_path / "rows.jsonl", several)
+    seen = see(str(tmp_path / "rows.jsonl"), model=save_llama(tmp_path / "llama"))
+    assert [note for note in seen.notes if "'labels' holds lists" in note]
 
 
 def test_classes_spelt_in_two_ways_are_a_note(tmp_path: Path) -> None:

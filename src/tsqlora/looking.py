@@ -17,7 +17,8 @@ The rules, in this order; `choose_columns` says which one it went by.
 
 The input is the known pair of columns if there is one (`PAIRS`), else the text column with the
 first of the names in `TEXTS`, else the one with the longest texts. Numbers of rows (id, index, a
-whole number that no two rows share) and columns without a value are left aside.
+whole number that no two rows share and that is not named as a label) and columns without a value
+are left aside.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _column(dataset: Dataset, name: str, values: Sequence[Any]) -> Column:
     elif 2 <= distinct <= min(MOST_CLASSES, max(2, len(there) // 4)) and _could_be_names(there):
         kind, distinct = CLASSES, len([v for v in dataset.unique(name) if v is not None])
     elif kind == NUMBERS and distinct == len(there) and isinstance(there[0], int):
-        kind = OTHER  # numbers of rows
+        kind = NUMBERS if named_as_label(name) else OTHER  # numbers of rows
     return Column(name, kind, distinct, missing, words)
 
 
@@ -269,6 +270,11 @@ def _single(name: str) -> str:
     """labels, answers to label, answer."""
     known = {*TARGETS, *ANSWERS, *TEXTS, *CHATS}
     return name[:-1] if name.endswith("s") and name[:-1] in known else name
+
+
+def named_as_label(name: str) -> bool:
+    """Whether the name is that of a label (`TARGETS`), or ends in one."""
+    return _ends(name) in TARGETS
 
 
 def _names(columns: Sequence[Column]) -> tuple[str, ...]:

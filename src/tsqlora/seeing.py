@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from tsqlora.chats import as_turn
 from tsqlora.data import load_dataset, render, require_columns, spec_columns
 from tsqlora.errors import DataError
 from tsqlora.labels import class_names, label_notes
 from tsqlora.loading import load_tokenizer
-from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look
+from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look, named_as_label
 from tsqlora.packaged import NAME, default_encoder
 from tsqlora.sources import Source, beside, listed
 
@@ -123,6 +123,11 @@ def see(
         classes = class_names(dataset, target, "data.train")
         inputs = [name for name in _used(chosen) if name != target]
         notes.extend(label_notes(dataset, inputs, target, classes))
+        if target in classes:
+            notes.append(
+                f"{target!r} is the name of the column and of a class in it: if the file has no "
+                "header give it one, as its first row is taken for that."
+            )
     return Seen(
         source, len(dataset), columns, chosen, classes, suggested, lengths, counted,
         validation, test, notes,
@@ -233,9 +238,17 @@ def _used(chosen: Chosen) -> list[str]:
 
 def _notes(columns: Sequence[Column], chosen: Chosen, dataset: Dataset) -> list[str]:
     used = _used(chosen)
-    return [
+    missing = [
         f"{column.name!r} is missing in {column.missing} of {len(dataset)} rows: fill it in or "
         "drop these rows before training, which stops at them."
         for column in columns
         if column.name in used and column.missing
     ]
+    lists = [
+        f"{column.name!r} holds lists, of which none is learnt: a target is one label, number or "
+        "text a row."
+        for column in columns
+        if column.name not in used and named_as_label(column.name)
+        if not isinstance(dataset.features[column.name], Value | ClassLabel)
+    ]
+    return missing + lists
