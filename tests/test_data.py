@@ -314,7 +314,7 @@ BAD_FILES = [
     ("a.csv", b"", "a.csv holds no rows"),
     ("a.tsv", b"a\tb\nx\t\xff\n", "a.tsv, line 2: not UTF-8 at byte 6 of the file"),
     ("a.parquet", b"PAR1 no", "a.parquet"),
-    ("a.txt", b"hello", "a.txt: unknown kind of file; expected one of .jsonl, .json, .csv"),
+    ("a.txt", b"hello", "a.txt: unknown kind of file. Save or unpack it as one of .jsonl, .json"),
 ]  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def read_tables(paths: Sequence[str]) -> pa.Table:
 def _read(path: Path) -> pa.Table:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}.")
+        known = ", ".join(READERS)
+        raise DataError(f"{path}: unknown kind of file. Save or unpack it as one of {known}.")
     try:
         return reader(path)
     except (OSError, UnicodeEncodeError) as error:
