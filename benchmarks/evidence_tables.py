@@ -21,6 +21,8 @@ from evidence_stats import (
 )
 
 PLAIN = "lora"
+FEW = 3
+"""A task of fewer seeds than this is in no mean over tasks beside others that have them."""
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- evidence: by benchmarks/evidence.py tables -->", "<!-- /evidence -->"
@@ -56,17 +58,23 @@ def pooled(cells: Cells) -> list[str]:
     return [task for task in CORE if task in cells.names(0)] or cells.names(0)
 
 
+def paired(cells: Cells, condition: str, *methods: str) -> list[np.ndarray]:
+    """(seeds, methods) of each `pooled` task; of fewer than `FEW` seeds only where no task has
+    more, as a task of one seed shows no spread and the interval would be too narrow."""
+    groups = [cells.pairs(task, condition, *methods) for task in pooled(cells)]
+    return [group for group in groups if len(group) >= FEW] or groups
+
+
 def against_plain(cells: Cells) -> str:
     """Every method minus plain LoRA, paired, mean over the `pooled` tasks that have both."""
-    conditions, tasks = cells.names(1), pooled(cells)
+    conditions = cells.names(1)
     rows = [["method − plain LoRA", *conditions]]
     for method in cells.names(2):
         if method == PLAIN:
             continue
         row = [f"`{method}`"]
         for condition in conditions:
-            groups = [cells.pairs(task, condition, method, PLAIN) for task in tasks]
-            found = bootstrap(groups, difference)
+            found = bootstrap(paired(cells, condition, method, PLAIN), difference)
             row.append(f"{found} ({found.tasks})" if found.tasks else "")
         rows.append(row)
     return markdown(rows)
@@ -74,18 +82,14 @@ def against_plain(cells: Cells) -> str:
 
 def gaps(cells: Cells) -> str:
     """How much of the gap between plain LoRA and the oracle each method closes, per cent."""
-    tasks, conditions = (
-        pooled(cells),
-        [c for c in cells.names(1) if c not in ("clean", "longtail")],
-    )
+    conditions = [c for c in cells.names(1) if c not in ("clean", "longtail")]
     rows = [["gap closed, %", *conditions]]
     for method in cells.names(2):
         trusted = method.endswith("_trusted")
         plain, oracle = ("lora_trusted", "oracle_trusted") if trusted else (PLAIN, "oracle")
         if method in (plain, oracle):
             continue
-        groups = {c: [cells.pairs(t, c, method, plain, oracle) for t in tasks] for c in conditions}
-        found = {c: bootstrap(group, closed) for c, group in groups.items()}
+        found = {c: bootstrap(paired(cells, c, method, plain, oracle), closed) for c in conditions}
         rows.append(
             [f"`{method}`", *(f"{x} ({x.tasks})" if x.tasks else "" for x in found.values())]
         )
@@ -185,15 +189,14 @@ def plot(cells: Cells, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    conditions, tasks = cells.names(1), pooled(cells)
+    conditions = cells.names(1)
     methods = [m for m in cells.names(2) if m != PLAIN]
     figure, axes = pyplot.subplots(
         1, len(conditions), sharey=True, figsize=(3.2 * len(conditions), 0.32 * len(methods) + 1.2)
     )
     for axis, condition in zip(np.atleast_1d(axes), conditions, strict=True):
         for place, method in enumerate(methods):
-            groups = [cells.pairs(task, condition, method, PLAIN) for task in tasks]
-            found = bootstrap(groups, difference)
+            found = bootstrap(paired(cells, condition, method, PLAIN), difference)
             if found.tasks:
                 axis.plot([found.low, found.high], [place, place], color="0.5")
                 axis.plot(found.mean, place, "o", color="black")

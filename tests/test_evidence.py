@@ -261,6 +261,17 @@ def test_means_are_taken_over_the_core_tasks_where_there_are_any() -> None:
     assert "| `tsqlora` | 80.0 [80.0, 80.0] (1) |" in tables(Cells(own))
 
 
+def test_a_task_of_one_seed_narrows_no_interval_beside_those_of_more() -> None:
+    known = [*five("lora", [50.0] * 5), *five("eva", [50.0, 52.0, 54.0, 56.0, 58.0])]
+    known = [{**x, "task": "trec"} for x in known]
+    alone = [line("lora", 0, 50.0, task="sst2"), line("eva", 0, 90.0, task="sst2")]
+    (wanted,) = [
+        row for row in tables(Cells(known)).splitlines() if row.startswith("| `eva` | 4.0")
+    ]
+    assert wanted in tables(Cells([*known, *alone]))
+    assert "| `eva` | 40.0 [40.0, 40.0] (1) |" in tables(Cells(alone))
+
+
 def test_the_front_page_shows_every_core_task_whether_the_default_wins_there_or_not() -> None:
     lines = [line(method, 0, 50.0, task=task) for task in CORE for method in ("lora", "tsqlora")]
     shown = front_page(Cells([*lines, line("adalora", 0, 99.0), line("lora", 0, 1.0, task="mine")]))
