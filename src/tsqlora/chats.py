@@ -16,7 +16,7 @@ ROLES = {
 """What ShareGPT's `from` is as a role; any other is one already."""
 
 
-def as_turn(message: Any) -> Mapping[str, Any] | None:
+def as_turn(message: Any) -> dict[str, Any] | None:
     """The message with `role` and `content`, without the keys that a table fills with None.
 
     None where it is no turn: no mapping, or one without a role that is text.

@@ -204,7 +204,7 @@ def _turn(message: Any) -> dict[str, Any]:
         )
     if "content" not in turn and not turn.get("tool_calls"):
         raise DataError(f"a message of the {turn['role']} has no `content`. Mend the row.")
-    return dict(turn)
+    return turn
 
 
 def _rendered(

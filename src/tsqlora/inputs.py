@@ -116,8 +116,7 @@ class Inputs:
         task = make_task(self.config, train)
         if task.kind == CLASSIFICATION and processes.is_main():
             target = str(self.config.data.target)
-            texts = [name for name in task.columns() if name != target]
-            for note in label_notes(train, texts, target, task.labels):
+            for note in label_notes(train, task.columns(), target, task.labels):
                 logger.warning(note)
         return task
 

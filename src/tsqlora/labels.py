@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, short
 
 _FEW_CLASSES = 100
 
@@ -63,13 +63,14 @@ def class_names(train: Dataset, column: str, where: str) -> tuple[str, ...]:
 
 
 def label_notes(
-    train: Dataset, texts: Sequence[str], target: str, names: Iterable[str]
+    train: Dataset, columns: Sequence[str], target: str, names: Iterable[str]
 ) -> list[str]:
     """What to tell of the labels in column `target`, found without any model.
 
-    Classes that differ in case or spaces alone, and inputs, equal in the columns `texts`, that come
-    with more than one label.
+    Classes that differ in case or spaces alone, and inputs, equal in all `columns` but the target,
+    that come with more than one label.
     """
+    texts = [name for name in columns if name != target]
     return [note for note in (_spelling(names), _contradictions(train, texts, target)) if note]
 
 
@@ -89,7 +90,8 @@ def _spelling(names: Iterable[str]) -> str:
 
 
 def _contradictions(train: Dataset, texts: Sequence[str], target: str) -> str:
-    feature, named = train.features[target], isinstance(train.features[target], ClassLabel)
+    feature = train.features[target]
+    named = isinstance(feature, ClassLabel)
     if not texts or not all(isinstance(train.features[name], Value) for name in texts):
         return ""  # of lists, which are refused as texts
     keys = [f"text{i}" for i in range(len(texts))]
@@ -107,9 +109,5 @@ def _contradictions(train: Dataset, texts: Sequence[str], target: str) -> str:
     said = sorted(feature.int2str(n) if named else str(n) for n in labels)
     return (
         f"{rows:,} rows have an input that comes with another label too, such as "
-        f"{_short(str(text))!r} ({', '.join(said[:5])}): at most one of them can be right."
+        f"{short(str(text))} ({', '.join(said[:5])}): at most one of them can be right."
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

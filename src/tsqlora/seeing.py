@@ -121,8 +121,7 @@ def see(
     if chosen.task == "classification":
         target = chosen.data["target"]
         classes = class_names(dataset, target, "data.train")
-        inputs = [name for name in _used(chosen) if name != target]
-        notes.extend(label_notes(dataset, inputs, target, classes))
+        notes.extend(label_notes(dataset, _used(chosen), target, classes))
         if target in classes:
             notes.append(
                 f"{target!r} is the name of the column and of a class in it: if the file has no "

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tsqlora.errors import DataError
+from tsqlora.errors import DataError, short
 from tsqlora.mapped import Spool
 
 _NUMBERED_TEXT = r"^\s*[+-]?0[0-9xX]"
@@ -96,7 +96,7 @@ def _read_json(path: Path) -> pa.Table:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON, {error.msg}.") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, item {number}: expected an object, not {_short(row)}.")
+            raise DataError(f"{path}, item {number}: expected an object, not {short(row)}.")
     return _table(rows, path, lambda row: f"item {row}")
 
 
@@ -196,7 +196,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: JSON that cannot be read, {error}.") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object such as {{...}}, not {_short(row)}.")
+        raise DataError(f"{where}: expected an object such as {{...}}, not {short(row)}.")
     return row
 
 
@@ -215,7 +215,7 @@ def _column(
     except _UNFIT as error:
         end = bisect_left(range(len(values) + 1), True, key=lambda n: not _fits(values[:n]))
         raise DataError(
-            f"{path}, {place(end - 1)}: the value of {name!r}, {_short(values[end - 1])}, does not "
+            f"{path}, {place(end - 1)}: the value of {name!r}, {short(values[end - 1])}, does not "
             f"fit those before it ({_reason(error)}). Let a column hold one type."
         ) from None
 
@@ -245,8 +245,3 @@ def _numbers_or_text(cells: Sequence[str], comma: bool) -> pa.Array:
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
