@@ -305,6 +305,8 @@ BAD_FILES = [
     ("a.json", b'[{"a": 1},\n{"a": }]', "a.json, line 2: not valid JSON, Expecting value"),
     ("a.json", b'[{"a": 1}, 2]', "a.json, item 1: expected an object, not 2"),
     ("a.json", b'[{"a": 1}, {"a": [2]}]', "a.json, item 1: the value of 'a', [2], does not fit"),
+    ("a.json", b'{"v": "1",\n"rows": [{"a": 1}]}', "a.json is one object, with 'rows' in it"),
+    ("a.json", b'{"a": [1, 2], "b": {"0": 3}}', "one object, with 'a', 'b' in it, where"),
     ("a.csv", b"a,b\n1,2\n\n3\n", "a.csv, line 4: 1 fields where the header has 2"),
     ("a.csv", b"a;b\n1;2;3\n", "a.csv, line 2: 3 fields where the header has 2"),
     ("a.csv", b'a,b\n"1,2\n3,4\n', "a.csv, line 3: unexpected end of data"),

@@ -92,6 +92,31 @@ def test_a_chat_as_sharegpt_writes_it_is_the_same_chat(llama: str) -> None:
         assert encoded[0] == encoded[1]
 
 
+def test_of_a_prompt_and_a_completion_the_second_alone_is_learnt(llama: str) -> None:
+    whole, parts = tiny.rows(messages=[CHAT]), tiny.rows(prompt=[CHAT[:3]], completion=[CHAT[3:]])
+    ids, learnt = [], []
+    for columns, rows in (("messages", whole), (("prompt", "completion"), parts)):
+        task = tiny.task_of(llama, "causal-lm", {"messages": columns}, rows)
+        row = task.encode(rows, "data.train")[0]
+        ids.append(row["input_ids"])
+        learnt.append(task.tokenizer.decode(targets_of(row)))
+    assert ids[0] == ids[1]
+    assert learnt == ["yes</s>\nit is not dull</s>\n", "it is not dull</s>\n"]
+
+
+def test_content_in_parts_of_text_is_one_text(llama: str) -> None:
+    cut = [
+        {
+            "role": turn["role"],
+            "content": [{"type": "text", "text": part} for part in turn["content"].partition(" ")],
+        }
+        for turn in CHAT
+    ]
+    task = tiny.task_of(llama, "causal-lm", {"messages": "messages"}, tiny.rows(messages=[CHAT]))
+    encoded = [task.encode(tiny.rows(messages=[chat]), "data.train") for chat in (CHAT, cut)]
+    assert encoded[0].to_list() == encoded[1].to_list()
+
+
 def test_chats_that_cannot_be_learnt_from_are_named(llama: str) -> None:
     task = tiny.task_of(llama, "causal-lm", {"messages": "messages"}, tiny.rows(messages=[CHAT]))
     for chat, message in (
@@ -105,6 +130,9 @@ def test_chats_that_cannot_be_learnt_from_are_named(llama: str) -> None:
     ):
         with pytest.raises(DataError, match=f"^data.test: row 1: .*{message}"):
             task.encode(tiny.rows(messages=[CHAT, chat]), "data.test")
+    picture = [{"role": role, "content": [{"type": "image"}]} for role in ("user", "assistant")]
+    with pytest.raises(DataError, match=r"row 0: a message of the user holds .*, but text alone"):
+        task.encode(tiny.rows(messages=[picture]), "data.test")
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_what_init_writes_trains_as_it_is(
             "causal-lm",
             {"messages": "conversations"},
         ),
+        (
+            lambda c, i: {
+                "rejected": [{"role": "assistant", "content": said(c)}],
+                "chosen": [{"role": "assistant", "content": said(c)}],
+                "prompt": [{"role": "user", "content": said(c)}],
+            },
+            "causal-lm",
+            {"messages": ["prompt", "chosen"]},
+        ),
         (plain, "causal-lm", {"text": "text"}),
         (
             lambda c, i: {"text": said(c), "number": 7 * i, "score": 10 * i},

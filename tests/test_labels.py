@@ -106,6 +106,22 @@ def test_a_run_warns_of_labels_that_contradict_each_other(
     assert "2 rows have an input that comes with another label too" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, 1, 2] * 20 + [-1], True),
+        ([0, 1, 2] * 20 + [-1, -1], False),  # more than a tenth of an even share
+        ([0, 1] * 20 + [-1, -2], False),  # a scale
+        ([0, 1] * 20 + [None], False),
+        (["0", "1"] * 20 + ["-1"], False),  # a name
+    ],
+)
+def test_a_rare_label_of_minus_one_is_told_of(labels: list[Any], told: bool) -> None:
+    train = tiny.rows(text=[f"{i}" for i in range(len(labels))], label=labels)
+    notes = label_notes(train, ["text"], "label", ["0", "1"])
+    assert [f"-1 stands in {labels.count(-1)} rows" in note for note in notes] == [True] * told
+
+
 @settings(max_examples=50)
 @given(
     rows=st.lists(
@@ -126,7 +142,8 @@ def test_inputs_that_come_with_several_labels_are_counted(
         if label >= 0 or not names:  # -1 is no label of a ClassLabel
             labels.setdefault((one, two), []).append(label)
     several = [found for found in labels.values() if len(set(found)) > 1]
-    (note,) = label_notes(train, ["label_count", "two"], "n", ["k0", "k1", "k2"]) or [""]
+    notes = label_notes(train, ["label_count", "two"], "n", ["k0", "k1", "k2"])
+    note = next((note for note in notes if "an input" in note), "")
     assert bool(note) == bool(several)
     if several:
         said = f"{sum(map(len, several))} rows have an input that comes with another label too, "

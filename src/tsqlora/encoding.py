@@ -12,8 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tsqlora.chats import as_turn
-from tsqlora.errors import DataError, ModelError
+from tsqlora.errors import DataError, ModelError, short
 from tsqlora.losses import IGNORED
 
 Encoded = dict[str, Any] | str
@@ -98,19 +97,22 @@ def encode_chats(
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], given: int = 0
 ) -> tuple[str, list[Span]]:
     """A chat as the tokenizer's template writes it, and where its assistant turns stand.
+
+    The first `given` turns are not learnt, whoever says them.
 
     Turn i stands from the end of the messages before it, rendered with the generation prompt, to
     the end of the messages up to it: just what the model has to write when its turn comes.
 
     Raises:
-        DataError: the messages are not such, hold no assistant turn, or the template refuses them.
+        DataError: a turn holds no text, there is no assistant turn, or the template refuses them.
         ModelError: the template writes a message otherwise when more messages follow.
     """
-    turns = [_turn(message) for message in messages]
-    assistant = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    for turn in turns:
+        _require_text(turn)
+    assistant = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given]
     if not assistant:
         raise DataError("the chat has no assistant turn to learn. Add one or drop the row.")
     if not any(turns[i].get("tool_calls") or str(turns[i]["content"]).strip() for i in assistant):
@@ -196,15 +198,14 @@ def _with_span_labels(
     return labelled
 
 
-def _turn(message: Any) -> dict[str, Any]:
-    if (turn := as_turn(message)) is None:
-        raise DataError(
-            "a message is not a mapping with `role` and `content` (or `from` and `value`). Mend "
-            "the row."
-        )
+def _require_text(turn: Mapping[str, Any]) -> None:
     if "content" not in turn and not turn.get("tool_calls"):
         raise DataError(f"a message of the {turn['role']} has no `content`. Mend the row.")
-    return turn
+    if not isinstance(turn.get("content", ""), str):
+        raise DataError(
+            f"a message of the {turn['role']} holds {short(turn['content'])}, but text alone is "
+            "learnt. Drop the row, or what is no text in it."
+        )
 
 
 def _rendered(

@@ -6,12 +6,15 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
 from tsqlora.errors import DataError, short
 
 _FEW_CLASSES = 100
+_RARE = 0.1
+"""Of an even share of the rows."""
 
 
 def label_name(value: Any) -> str:
@@ -67,11 +70,12 @@ def label_notes(
 ) -> list[str]:
     """What to tell of the labels in column `target`, found without any model.
 
-    Classes that differ in case or spaces alone, and inputs, equal in all `columns` but the target,
-    that come with more than one label.
+    Classes that differ in case or spaces alone, -1 where it is rarer by far than 0, 1, ..., and
+    inputs, equal in all `columns` but the target, that come with more than one label.
     """
     texts = [name for name in columns if name != target]
-    return [note for note in (_spelling(names), _contradictions(train, texts, target)) if note]
+    found = (_spelling(names), _no_label(train, target), _contradictions(train, texts, target))
+    return [note for note in found if note]
 
 
 def _spelling(names: Iterable[str]) -> str:
@@ -86,6 +90,20 @@ def _spelling(names: Iterable[str]) -> str:
     return (
         f"Classes that differ only in case or spaces: {', '.join(doubled[:5])}{more}. They are "
         "learnt as classes of their own; if they are one, write them alike in the data."
+    )
+
+
+def _no_label(train: Dataset, target: str) -> str:
+    values = train.select_columns([target]).with_format("arrow")[:][target]
+    if not pa.types.is_integer(values.type) or isinstance(train.features[target], ClassLabel):
+        return ""
+    counts = {n["values"]: n["counts"] for n in values.drop_null().value_counts().to_pylist()}
+    rare = counts.get(-1, 0)
+    if not rare or min(counts) < -1 or rare * len(counts) > _RARE * len(train):
+        return ""
+    return (
+        f"The label -1 stands in {rare:,} rows: in many data sets (SNLI) it says that a row has no "
+        "label. It is learnt as a class; if it is none, drop these rows."
     )
 
 

@@ -2,7 +2,8 @@
 
 The rules, in this order; `choose_columns` says which one it went by.
 
-1. A column of lists of messages (`role` and `content`, or `from` and `value`) is a chat.
+1. A column of lists of messages (`role` and `content`, or `from` and `value`) is a chat; one named
+   as a prompt and one as an answer are a chat together.
 2. Beside an instruction, prompt or question, a text column that is named as an answer is
    (`ANSWERS`) is a target to write, for causal-lm.
 3. A column that is named as a label is (`TARGETS`: label, class, intent, rating, ...), and holds
@@ -149,10 +150,9 @@ def choose_columns(
         DataError: no column will do for it.
     """
     usable = [c for c in columns if c.kind != OTHER and c.name.lower() not in NUMBERED]
-    chats = _named(usable, CHATS, (CHAT,)) or [c for c in usable if c.kind == CHAT]
+    chats = [c for c in usable if c.kind == CHAT]
     if chats and target is None and text is None and task in (None, "causal-lm"):
-        why = f"{chats[0].name!r} holds lists of messages with role and content"
-        return Chosen("causal-lm", {"messages": chats[0].name}, why, _names(chats[1:]))
+        return _chat(chats)
     chosen, kind, why, others = _target(usable, columns, task, target, text)
     if chosen is None and task not in (None, "causal-lm"):
         raise DataError(f"no column of {_said(columns)} looks like a target of {task}. {_NAME_IT}")
@@ -164,6 +164,17 @@ def choose_columns(
     if chosen is not None:
         data["target"] = chosen
     return Chosen(kind, data, why, others)
+
+
+def _chat(chats: Sequence[Column]) -> Chosen:
+    asked, answers = (_named(chats, names, (CHAT,)) for names in (ASKED, ANSWERS))
+    if asked and answers:
+        pair = (asked[0].name, answers[0].name)
+        why = f"the messages of {pair[0]!r}, and those of {pair[1]!r} after them"
+        return Chosen("causal-lm", {"messages": list(pair)}, why, _names(answers[1:]))
+    first, *others = dict.fromkeys([*_named(chats, (*CHATS, *ANSWERS), (CHAT,)), *chats])
+    why = f"{first.name!r} holds lists of messages with role and content"
+    return Chosen("causal-lm", {"messages": first.name}, why, _names(others))
 
 
 _NAME_IT = "Name it by --text and --target, and the task by --task."

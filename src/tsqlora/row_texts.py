@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tsqlora.chats import as_turn
+from tsqlora.chats import turns_of
 from tsqlora.config import DataConfig
 from tsqlora.data import render
 from tsqlora.errors import DataError
@@ -23,8 +23,9 @@ def said_of(
         DataError: a value is missing or is not text or a number.
     """
     if data.messages is not None:
-        said = [as_turn(message) or {} for message in row[data.messages]]
-        turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in said]
+        turns = [
+            f"{turn['role']}: {turn.get('content')}" for turn in turns_of(row, data.messages)[0]
+        ]
         return ("\n" if lines else " ").join(turns[:-1]), "".join(turns[-1:])
     specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
     text = ("\n" if lines else " ‖ ").join(render(row, spec) for spec in specs)

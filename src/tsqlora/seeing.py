@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from tsqlora.chats import as_turn
+from tsqlora.chats import turns_of
 from tsqlora.data import load_dataset, render, require_columns, spec_columns
 from tsqlora.errors import DataError
 from tsqlora.labels import class_names, label_notes
@@ -136,9 +136,8 @@ def see(
 def _texts(rows: Dataset, chosen: Chosen) -> list[tuple[str, str]]:
     """(input, target to write) of the rows that have both, as text."""
     if "messages" in chosen.data:
-        column = rows[chosen.data["messages"]][:]
-        said = [[(as_turn(message) or {}).get("content") for message in chat] for chat in column]
-        return [(" ".join(map(str, contents)), "") for contents in said]
+        chats = (turns_of(row, chosen.data["messages"])[0] for row in rows)
+        return [(" ".join(str(turn.get("content")) for turn in chat), "") for chat in chats]
     text, target = chosen.data["text"], chosen.data.get("target")
     require_columns(rows, _used(chosen), "data.train")
     specs = [text] if isinstance(text, str) else list(text)

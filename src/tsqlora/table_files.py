@@ -89,6 +89,7 @@ def _read_json(path: Path) -> pa.Table:
     """A file with one array of objects; otherwise JSON Lines, as many a .json file is."""
     text = "".join(line for _, line in _lines(path))
     if not text.lstrip().startswith("["):
+        _refuse_one_object(path, text)
         return _read_json_lines(path)
     try:
         rows = json.loads(text)
@@ -98,6 +99,22 @@ def _read_json(path: Path) -> pa.Table:
         if not isinstance(row, dict):
             raise DataError(f"{path}, item {number}: expected an object, not {short(row)}.")
     return _table(rows, path, lambda row: f"item {row}")
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """That holds lists or objects: rows under a name, or columns one after the other."""
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return
+    inner = [name for name in whole if isinstance(whole[name], list | dict)]
+    if inner:
+        raise DataError(
+            f"{path} is one object, with {', '.join(map(repr, inner[:5]))} in it, where rows are "
+            "expected. Save a list of objects, [{...}, {...}], or one object a line: the list "
+            "alone where the rows are one in it, or `pandas.read_json(...).to_json(..., "
+            'orient="records")` where it holds columns.'
+        )
 
 
 def delimiter_of(path: Path) -> str:

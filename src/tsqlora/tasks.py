@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from tsqlora.base_task import Row, Task
+from tsqlora.chats import chat_columns, turns_of
 from tsqlora.config import RunConfig
 from tsqlora.data import render, require_columns
 from tsqlora.encoding import (
@@ -249,14 +250,15 @@ class CausalLMTask(Task):
 
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that the task reads."""
-        return (self.data.messages,) if self.data.messages is not None else super().columns()
+        chat = self.data.messages
+        return super().columns() if chat is None else chat_columns(chat)
 
     def _read(self, row: Row) -> Any:
         if self.data.messages is None:
             target = self.data.target
             return render(row, str(self.data.text)), render(row, target) if target else ""
         try:
-            return render_chat(self.tokenizer, row[self.data.messages] or ())
+            return render_chat(self.tokenizer, *turns_of(row, self.data.messages))
         except DataError as error:
             raise DataError(f"row {row['id']}: {error}") from None
 
