@@ -235,10 +235,12 @@ def test_missing_values_are_a_note(tmp_path: Path) -> None:
     from tsqlora.seeing import see
 
     rows = [*made(labelled), {"sentence": "a film", "label": None, "note": ""}]
+    rows[3]["sentence"] = " \t"
     write_rows(tmp_path / "rows.jsonl", rows)
     seen = see(str(tmp_path / "rows.jsonl"), model=save_bert(tmp_path / "model"))
     text = configuration(seen, "rows")
     assert "# NOTE: 'label' is missing in 1 of 41 rows" in text
+    assert "# NOTE: 'sentence' is blank in 1 of 41 rows" in text
     assert yaml.safe_load(text)["data"]["target"] == "label"
 
 

@@ -106,6 +106,14 @@ def test_a_run_warns_of_labels_that_contradict_each_other(
     assert "2 rows have an input that comes with another label too" in caplog.text
 
 
+def test_a_blank_label_is_none(bert: str) -> None:
+    train = tiny.rows(text=TEXTS, label=["no", "yes", " ", ""])
+    task = tiny.task_of(bert, "classification", {"text": "text", "target": "label"}, train)
+    assert task.labels == ("no", "yes")
+    with pytest.raises(DataError, match=r"row 2: 'label' is missing.*\n.*row 3: 'label' is missing"):
+        task.encode(train, "data.train")
+
+
 @pytest.mark.parametrize(
     ("labels", "told"),
     [

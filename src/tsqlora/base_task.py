@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tsqlora.data import require_columns, spec_columns
 from tsqlora.encoded import compact, in_memory
 from tsqlora.encoding import Encoded
 from tsqlora.errors import ConfigError, DataError
+from tsqlora.labels import is_label
 from tsqlora.loading import load_config, load_model, require_embeddings
 from tsqlora.losses import IGNORED
 from tsqlora.progress import progress
@@ -175,7 +175,7 @@ class Task(ABC):
     def _value(self, row: Row) -> Any:
         """The label or number of a row."""
         value = row[str(self.data.target)]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if not is_label(value):
             raise DataError(
                 f"row {row['id']}: {self.data.target!r} is missing. Fill it in or drop the row."
             )

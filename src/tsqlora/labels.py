@@ -17,6 +17,11 @@ _RARE = 0.1
 """Of an even share of the rows."""
 
 
+def is_label(value: Any) -> bool:
+    """Whether there is a label or number at all: not None, NaN or blank."""
+    return value is not None and value == value and bool(str(value).strip())
+
+
 def label_name(value: Any) -> str:
     """The name of a label: a text as it stands, True or False, a whole number.
 
@@ -46,7 +51,7 @@ def class_names(train: Dataset, column: str, where: str) -> tuple[str, ...]:
             f"{where}: {column!r} holds lists or records, not labels. Name a column of single "
             "values, or mend it."
         )
-    used = [value for value in train.unique(column) if value is not None and value == value]
+    used = [value for value in train.unique(column) if is_label(value)]
     if isinstance(feature, ClassLabel):
         used = [value for value in used if value >= 0]
     if len(used) < 2:

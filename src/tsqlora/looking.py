@@ -34,6 +34,7 @@ from datasets import ClassLabel, Dataset
 
 from tsqlora.chats import as_turn
 from tsqlora.errors import DataError
+from tsqlora.labels import is_label
 
 TARGETS = (
     "label", "target", "class", "category", "intent", "sentiment", "emotion", "topic", "stance",
@@ -117,7 +118,7 @@ def _column(dataset: Dataset, name: str, values: Sequence[Any]) -> Column:
     if isinstance(dataset.features[name], ClassLabel) or isinstance(there[0], bool):
         kind = CLASSES
     elif 2 <= distinct <= min(MOST_CLASSES, max(2, len(there) // 4)) and _could_be_names(there):
-        kind, distinct = CLASSES, len([v for v in dataset.unique(name) if v is not None])
+        kind, distinct = CLASSES, sum(map(is_label, dataset.unique(name)))
     elif kind == NUMBERS and distinct == len(there) and isinstance(there[0], int):
         kind = NUMBERS if named_as_label(name) else OTHER  # numbers of rows
     return Column(name, kind, distinct, missing, words)

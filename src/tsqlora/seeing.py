@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
 from tsqlora.chats import turns_of
@@ -242,6 +243,13 @@ def _notes(columns: Sequence[Column], chosen: Chosen, dataset: Dataset) -> list[
         for column in columns
         if column.name in used and column.missing
     ]
+    alone = [spec for spec in (chosen.data.get("text"), chosen.data.get("target")) if spec in used]
+    blank = [
+        f"{name!r} is blank in {count} of {len(dataset)} rows: fill it in or drop these rows "
+        "before training, which stops at them."
+        for name in alone
+        if (count := _blank(dataset, name))
+    ]
     lists = [
         f"{column.name!r} holds lists, of which none is learnt: a target is one label, number or "
         "text a row."
@@ -249,4 +257,12 @@ def _notes(columns: Sequence[Column], chosen: Chosen, dataset: Dataset) -> list[
         if column.name not in used and named_as_label(column.name)
         if not isinstance(dataset.features[column.name], Value | ClassLabel)
     ]
-    return missing + lists
+    return missing + blank + lists
+
+
+def _blank(dataset: Dataset, name: str) -> int:
+    """Rows of a text column without anything but spaces in them."""
+    if dataset.features[name] not in (Value("string"), Value("large_string")):
+        return 0
+    texts = dataset.select_columns([name]).with_format("arrow")[:][name]
+    return pc.sum(pc.equal(pc.utf8_trim_whitespace(texts), "")).as_py() or 0
