@@ -110,7 +110,9 @@ def test_a_blank_label_is_none(bert: str) -> None:
     train = tiny.rows(text=TEXTS, label=["no", "yes", " ", ""])
     task = tiny.task_of(bert, "classification", {"text": "text", "target": "label"}, train)
     assert task.labels == ("no", "yes")
-    with pytest.raises(DataError, match=r"row 2: 'label' is missing.*\n.*row 3: 'label' is missing"):
+    with pytest.raises(
+        DataError, match=r"row 2: 'label' is missing.*\n.*row 3: 'label' is missing"
+    ):
         task.encode(train, "data.train")
 
 

@@ -168,8 +168,10 @@ def test_a_mismatched_pair_has_another_target_than_its_own(kind: str) -> None:
     ]
     found = mismatched_pairs(Dataset.from_list(rows), kind)
     assert found is not None
-    wrong = [[token for token in row["labels"] if token != IGNORED] for row in found]
+    pairs, owners = found
+    wrong = [[token for token in row["labels"] if token != IGNORED] for row in pairs]
     assert wrong == [[4, 2], [1, 2], [3]], "the second has the first's own target"
+    assert [targets[owner] for owner in owners] == wrong
     assert mismatched_pairs(Dataset.from_list(rows[:2]), kind) is None
 
 

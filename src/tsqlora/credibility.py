@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 from sklearn.isotonic import IsotonicRegression
 
 from tsqlora.columns import blocks_of, column, copied, distinct, kept, release
@@ -60,6 +61,8 @@ FITTED = 200_000
 """Samples at most that how often the model agrees is learnt from, drawn where there are more."""
 SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
+SOUND = 0.1
+"""Where more of the doubted targets than this are sound, the doubt is not believed."""
 LIKE_NULL = 0.85
 """Above this part of a pool that is like the null the model does not know the task."""
 STEEPEST = 1.6
@@ -189,6 +192,17 @@ def from_agreement(
         doubted = np.clip(1 - share_left / disagree, 0, 1)
         result[rows] = np.where(agrees[rows], 1.0, doubted)
     return result
+
+
+def belong(cheaper: int, doubted: int) -> bool:
+    """Whether targets that are doubted go with their own inputs all the same, and are merely hard.
+
+    A wrong target costs as much after its own input as after another one, so it is cheaper after
+    its own in half of the cases; a sound one nearly always, whatever it costs. `cheaper` of so many
+    `doubted` say that more than `SOUND` of them are right where chance alone would have so many
+    once in a hundred (a sign test).
+    """
+    return bool(binom.sf(cheaper - 1, doubted, (1 + SOUND) / 2) < 0.01)
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:

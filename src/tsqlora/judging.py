@@ -24,7 +24,7 @@ judged. Judged at every step instead, a model that knows nothing yet passes the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from tsqlora.credibility import (
     Credibility,
     Floats,
     Ints,
+    belong,
     drawable,
     from_null,
     percentiles,
@@ -55,6 +56,9 @@ BY_HEART = (
     "targets are not judged: after an epoch the model did not know the task, and what it fits "
     "since it may know by heart; trusted rows (quality.reference) would tell"
 )
+MERELY_HARD = "targets are not judged: those that look wrong go with their inputs and are hard"
+SETTLED = 50
+"""After so many doubted targets that were asked for, windows are believed."""
 GRID = 257
 """Points of u between which c(u) is interpolated."""
 
@@ -71,6 +75,10 @@ def window_ends(samples: int, visits: int, step: int) -> list[int]:
     while (end := ends[-1] + window_size(samples, ends[-1])) <= visits:
         ends.append(-(-end // step) * step)
     return [end for end in ends[1:] if end <= visits]
+
+
+Pairs = tuple[Floats, Floats]
+"""Losses of targets after their own inputs, and of the same after others' (M each)."""
 
 
 class Verdicts:
@@ -226,10 +234,17 @@ class LabelVerdicts(Verdicts):
 class Judge(Verdicts):
     """Of generation, judged by windows that also weigh the losses of what comes after.
 
+    Of free text the target itself says more of its loss than the input does, so hard ones look like
+    mismatched ones. Before doubts are believed, targets are asked for after their own inputs and
+    after others' (`credibility.belong`), until `SETTLED` of them were doubted as well.
+
     Attributes:
         curve: c(u) of the last window that found wrong ones, on a grid (GRID); empty before.
         fresh: whether that was the last window of all.
         null: losses of wrong targets (M), in order, of the last window that was judged.
+        doubted, cheaper: targets asked for since a window was not believed that were doubted, and
+            how many of these were cheaper after their own inputs.
+        hard: windows that were not believed.
     """
 
     lowest = LOWEST
@@ -238,7 +253,12 @@ class Judge(Verdicts):
         super().__init__(samples, trusted)
         self.curve: Floats = np.zeros(0)
         self.null: Floats = np.zeros(0)
-        self.fresh = False
+        self.fresh, self.doubted, self.cheaper, self.hard = False, 0, 0, 0
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for the user."""
+        return MERELY_HARD if self.hard and not self.judged.any() else super().verdict
 
     def weights(self, positions: Ints, loss: Floats) -> Floats:
         """w_i (n) of a batch that is being trained on, by the last curve.
@@ -248,7 +268,7 @@ class Judge(Verdicts):
         """
         if not self.acting:
             return np.ones(len(loss))
-        found = self._along(percentiles(loss, self.null))
+        found = _along(self.curve, percentiles(loss, self.null))
         if not self.fresh:
             found[self.credibility[positions] == 1] = 1.0
         found[positions >= self.pool] = 1.0
@@ -259,12 +279,14 @@ class Judge(Verdicts):
         """Whether any weight may be other than 1."""
         return len(self.curve) > 0
 
-    def close(self, positions: Ints, loss: Floats, null: Floats) -> None:
+    def close(
+        self, positions: Ints, loss: Floats, null: Floats, pairs: Callable[[], Pairs] | None = None
+    ) -> None:
         """Judge the samples of a window that has ended, at `positions` in the pool.
 
-        A window that says nothing changes nothing. One in which nothing looks wrong, as when the
-        wrong ones are hardly drawn any more, judges those doubted before by the curve that doubted
-        them.
+        A window that says nothing, or is not believed by `pairs`, changes nothing. One in which
+        nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those doubted
+        before by the curve that doubted them.
         """
         self.windows += 1
         null = np.sort(null)
@@ -272,23 +294,33 @@ class Judge(Verdicts):
         found = from_null(u, len(null))
         if not found.known:
             return
-        self.fresh = bool((found.values < 1).any())
-        self.null, self.judged[positions] = null, True
-        if self.fresh:
+        fresh = bool((found.values < 1).any())
+        if fresh:
             order = np.argsort(u, kind="stable")
             falling = np.minimum.accumulate(found.values[order])
-            self.curve = np.interp(np.linspace(0, 1, GRID), u[order], falling)
-            self.credibility[positions] = found.values
+            curve = np.interp(np.linspace(0, 1, GRID), u[order], falling)
+            if pairs is not None and self.doubted < SETTLED and self._belong(curve, null, pairs()):
+                return
+            self.curve, self.credibility[positions] = curve, found.values
         elif len(self.curve):
             doubted = self.credibility[positions] < 1
-            self.credibility[positions[doubted]] = self._along(u[doubted])
+            self.credibility[positions[doubted]] = _along(self.curve, u[doubted])
+        self.fresh, self.null, self.judged[positions] = fresh, null, True
 
-    def _along(self, u: Floats) -> Floats:
-        return np.interp(u, np.linspace(0, 1, GRID), self.curve)
+    def _belong(self, curve: Floats, null: Floats, pairs: Pairs) -> bool:
+        own, mismatched = pairs
+        doubted = _along(curve, percentiles(own, null)) < CREDIBLE
+        self.doubted += int(doubted.sum())
+        self.cheaper += int((own < mismatched).sum(where=doubted))
+        if not belong(self.cheaper, self.doubted):
+            return False
+        self.doubted, self.cheaper, self.hard = 0, 0, self.hard + 1
+        return True
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it as arrays."""
         own = {"curve": self.curve, "fresh": np.asarray([self.fresh]), "null": self.null}
+        own["asked"] = np.asarray([self.doubted, self.cheaper, self.hard])
         return {**super().state(), **{f"judge.{name}": values for name, values in own.items()}}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
@@ -296,6 +328,11 @@ class Judge(Verdicts):
         super().load(state)
         self.curve, self.null = state["judge.curve"], state["judge.null"]
         self.fresh = bool(state["judge.fresh"][0])
+        self.doubted, self.cheaper, self.hard = map(int, state.get("judge.asked", [0, 0, 0]))
+
+
+def _along(curve: Floats, u: Floats) -> Floats:
+    return np.interp(u, np.linspace(0, 1, GRID), curve)
 
 
 def inclusion(credibility: Floats, duplicates: Ints, lowest: float = LOWEST) -> Floats:

@@ -10,8 +10,9 @@ from datasets import Dataset
 from tsqlora.losses import CAUSAL_LM, IGNORED
 
 
-def mismatched_pairs(dataset: Dataset, kind: str) -> Dataset | None:
-    """Each row's input with the target of the row before, where the two targets differ.
+def mismatched_pairs(dataset: Dataset, kind: str) -> tuple[Dataset, list[int]] | None:
+    """Each row's input with the target of the row before, where the two targets differ, and the
+    numbers of the rows whose targets these are.
 
     None where rows have no such parts, or no two targets differ. A causal row is its prompt (labels
     -100) followed by its completion; plain text has no prompt.
@@ -26,11 +27,14 @@ def mismatched_pairs(dataset: Dataset, kind: str) -> Dataset | None:
     differ = [i for i, target in enumerate(targets) if target != targets[i - 1]]
     if not differ:
         return None
+    owners = [(i - 1) % len(rows) for i in differ]
     if kind != CAUSAL_LM:
-        return Dataset.from_list([{**rows[i], "labels": targets[i - 1]} for i in differ])
-    return Dataset.from_list(
-        [_spliced(rows[i], starts[i], rows[i - 1], starts[i - 1]) for i in differ]
-    )
+        pairs = [
+            {**rows[i], "labels": targets[owner]} for i, owner in zip(differ, owners, strict=True)
+        ]
+    else:
+        pairs = [_spliced(rows[i], starts[i], rows[i - 1], starts[i - 1]) for i in differ]
+    return Dataset.from_list(pairs), owners
 
 
 def _prompt_length(labels: Sequence[int]) -> int:

@@ -56,22 +56,26 @@ def null_of_pairs(
     seed: int,
     most: int = NULL_SAMPLES,
     dropout: bool = False,
+    own: bool = False,
 ) -> Null:
     """Of generation: at most so many inputs paired with others' targets, a forward each.
 
-    With `dropout` it is on, as where the losses beside them were taken.
+    With `dropout` it is on, as where the losses beside them were taken. `own` gives the losses of
+    the same targets after their own inputs instead.
     """
-    wrong = mismatched_pairs(subset(dataset, most, seed), kind)
-    losses = np.zeros(0 if wrong is None else len(wrong))
-    if wrong is not None:
-        pool, halving = Pool(model, wrong, collator, batch_size), Halving()
+    chosen = subset(dataset, most, seed)
+    found = mismatched_pairs(chosen, kind)
+    losses = np.zeros(0 if found is None else len(found[1]))
+    if found is not None:
+        rows = chosen.select(found[1]) if own else found[0]
+        pool, halving = Pool(model, rows, collator, batch_size), Halving()
         bar = passing(pool.tokens, pool.plan, "mismatched pairs")
         drawn = _drawn(model, seed) if dropout else nullcontext()
         with evaluating(model), torch.no_grad(), drawn, bar as passed:
             for planned in pool.plan:
                 for positions, batch in pool.take(planned):
-                    found = halving(lambda piece: forward_losses(model, kind, piece), batch)
-                    losses[positions] = np.concatenate([as_numpy(each) for each in found])
+                    pieces = halving(lambda piece: forward_losses(model, kind, piece), batch)
+                    losses[positions] = np.concatenate([as_numpy(each) for each in pieces])
                 passed(planned)
     return losses, np.zeros(len(losses), dtype=np.int32)
 

@@ -23,6 +23,7 @@ from tsqlora.judging import (
     LEAST,
     Judge,
     LabelVerdicts,
+    Pairs,
     Verdicts,
     inclusion,
     window_size,
@@ -117,10 +118,15 @@ class OnlineScorer:
             judge.close(positions[ours], found)
             return
         positions, window = positions[ours], window.at(ours)
-        pairs = processes.from_main(lambda: self._mismatched(len(positions), model))
-        self.spent += 0.5 * len(pairs)
-        self._pairs = [*self._pairs, pairs][-NULL_WINDOWS:]
-        judge.close(positions, window.column("loss"), np.concatenate(self._pairs))
+        drawn_by = self.scorer.seed + judge.windows, null_pairs(len(positions))
+        wrong = self._of_pairs(*drawn_by, model)
+        self._pairs = [*self._pairs, wrong][-NULL_WINDOWS:]
+        null = np.concatenate(self._pairs)
+
+        def pairs() -> Pairs:
+            return self._of_pairs(*drawn_by, model, own=True), wrong
+
+        judge.close(positions, window.column("loss"), null, pairs)
 
     def _of_labels(
         self, judge: LabelVerdicts, positions: np.ndarray, window: Window, model: nn.Module
@@ -145,12 +151,17 @@ class OnlineScorer:
         u = null_percentiles(pool.loss, pool.group, *null)
         return random_share(u, null_percentiles(loss, group, *null))
 
-    def _mismatched(self, visits: int, model: nn.Module) -> np.ndarray:
-        """Losses of mismatched pairs (M)."""
-        seed, most = self.scorer.seed + self.judge.windows, null_pairs(visits)
+    def _of_pairs(self, seed: int, most: int, model: nn.Module, own: bool = False) -> np.ndarray:
+        """Losses of mismatched pairs (M), or of their targets after their `own` inputs."""
         how = self.scorer.collator, self.scorer.batch_size or 1, seed, most
-        with self.scorer.autocast(model):
-            return null_of_pairs(model, self.kind, self.rows, *how, dropout=True)[0]
+
+        def losses() -> np.ndarray:
+            with self.scorer.autocast(model):
+                return null_of_pairs(model, self.kind, self.rows, *how, dropout=True, own=own)[0]
+
+        found = processes.from_main(losses)
+        self.spent += 0.5 * len(found)
+        return found
 
     def inclusion(self) -> np.ndarray:
         """How often each sample is in a round of the next epoch (N): q_i, of trusted ones k q_i."""
