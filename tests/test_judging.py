@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reference import inclusion_one_by_one
 from test_online import trainer_of
 from tsqlora.credibility import (
+    HARD,
     LIKE_NULL,
+    SOUND,
     Credibility,
+    belong,
     drawable,
     from_null,
     null_percentiles,
@@ -29,6 +33,7 @@ from tsqlora.judging import (
     LOWEST,
     LOWEST_OF_LABELS,
     NO_SIGN,
+    SETTLED,
     Judge,
     LabelVerdicts,
     inclusion,
@@ -195,6 +200,55 @@ def test_the_part_of_a_pool_that_is_like_the_null_is_told_whether_or_not_it_is_j
     found = from_null(hard, 4000)
     assert not found.known
     assert found.like_null == pytest.approx(2 * part, abs=0.1)
+
+
+def hard_pairs(null: np.ndarray, sound: float, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Targets that cost as much as the null's after their own inputs; of so many a little more
+    after others', of the rest as much on average."""
+    random, own = np.random.default_rng(seed), null[:40]
+    return own, own + np.where(random.random(40) < sound, 0.3, random.normal(0, 0.3, 40))
+
+
+def test_a_window_whose_doubted_targets_go_with_their_own_inputs_changes_nothing() -> None:
+    judge, (loss, bad, null) = Judge(500), window(500, WRONG)
+    judge.close(EVERY, loss, null, lambda: hard_pairs(null, sound=0.9))
+    assert (judge.credibility == 1).all()
+    assert (judge.weights(EVERY, loss) == 1).all()
+    assert judge.verdict.endswith(HARD)
+    judge.close(EVERY, loss, null, lambda: hard_pairs(null, sound=0.0))
+    assert judge.credibility[bad].mean() < 0.2, "what was not believed once may be later"
+
+
+def test_pairs_are_asked_for_until_enough_were_doubted() -> None:
+    judge, (loss, _, null), asked = Judge(500), window(500, WRONG), []
+
+    def pairs() -> tuple[np.ndarray, np.ndarray]:
+        asked.append(judge.doubted)
+        return hard_pairs(null, sound=0.0, seed=len(asked))
+
+    for _ in range(9):
+        judge.close(EVERY, loss, null, pairs)
+        other = Judge(500)
+        other.load(judge.state())
+        assert (other.doubted, other.cheaper) == (judge.doubted, judge.cheaper)
+        judge = other
+    assert len(asked) < 9
+    assert asked[-1] < SETTLED <= judge.doubted
+    before = len(asked)
+    Judge(500).close(EVERY, window(500, 0.0)[0], null, pairs)
+    assert len(asked) == before, "where nothing is doubted nothing is asked"
+
+
+@given(st.integers(0, 60), st.data())
+def test_doubts_are_believed_by_a_sign_test(doubted: int, data: st.DataObject) -> None:
+    cheaper = data.draw(st.integers(0, doubted))
+    half = (1 + SOUND) / 2
+    chance = sum(
+        math.comb(doubted, k) * half**k * (1 - half) ** (doubted - k)
+        for k in range(cheaper, doubted + 1)
+    )
+    assume(abs(chance - 0.01) > 1e-9)
+    assert belong(cheaper, doubted) == (chance < 0.01)
 
 
 def test_the_state_of_a_judge_comes_back_the_same() -> None:

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from tiny import all_terms
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.credibility import (
+    HARD,
     drawable,
     from_agreement,
     from_null,
@@ -373,3 +374,18 @@ def test_small_helpers_do_what_they_say() -> None:
     assert softmax(np.array([1000.0, 0.0]))[1] > 0
     np.testing.assert_allclose(tempered(np.zeros(4), np.zeros(4), 1.0), 0.25)
     assert tempered(np.zeros(4), np.array([1.0, 1.0, 1.0, 0.1]), 1.0)[3] == 0
+
+
+def test_a_text_whose_hard_targets_go_with_their_inputs_is_not_judged() -> None:
+    random = np.random.default_rng(0)
+    pool = measured(400, classes=None)
+    hard = np.arange(400) < 160
+    loss = np.where(hard, random.gamma(9.0, 0.5, 400), 0.05)
+    owner = np.arange(400)
+    for dearer, judged in ((0.5, False), (0.0, True)):
+        after_others = np.where(hard, loss + dearer + random.normal(0, 0.1, 400), 4.5)
+        null = replace(pool, loss=loss, null_group=np.zeros(400, int), null_loss=after_others)
+        found = quality_scores(replace(null, null_owner=owner), QualityConfig())
+        assert np.isnan(found.wrong_share) != judged
+        assert found.verdict.endswith(HARD) != judged
+        assert (found.credibility[hard] < 1).any() == judged

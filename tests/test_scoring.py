@@ -175,6 +175,20 @@ def test_a_mismatched_pair_has_another_target_than_its_own(kind: str) -> None:
     assert mismatched_pairs(Dataset.from_list(rows[:2]), kind) is None
 
 
+@pytest.mark.parametrize(("name", "kind"), [("llama", "causal-lm"), ("bart", "seq2seq")])
+def test_of_mismatched_pairs_the_targets_own_losses_are_those_of_their_rows(
+    name: str, kind: str
+) -> None:
+    model, rows = adapted(name), pool(kind)
+    how = model, kind, rows, collate, 4, 0, 6
+    (wrong, owners), (own, same) = (null.null_of_pairs(*how, own=asked) for asked in (False, True))
+    assert len(wrong) > 2
+    np.testing.assert_array_equal(owners, same)
+    every = score_samples(model, rows, collate, batch_size=5).loss
+    np.testing.assert_allclose(own, every[owners], rtol=1e-4)
+    assert not np.allclose(wrong, own, rtol=1e-3)
+
+
 def text_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     batch = dict(tokenizer()([row["words"] for row in rows], padding=True, return_tensors="pt"))
     return {**batch, "labels": torch.tensor([row["grade"] for row in rows])}

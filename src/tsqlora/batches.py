@@ -274,7 +274,11 @@ def singly(batch: Batch) -> Iterator[Batch]:
 
 def subset(dataset: Dataset, most: int, seed: int) -> Dataset:
     """At most `most` rows, drawn with `seed`, in their own order."""
-    if len(dataset) <= most:
-        return dataset
-    chosen = np.random.default_rng(seed).choice(len(dataset), most, replace=False)
-    return dataset.select(np.sort(chosen))
+    return dataset if len(dataset) <= most else dataset.select(places(len(dataset), most, seed))
+
+
+def places(rows: int, most: int, seed: int) -> np.ndarray:
+    """The numbers of the rows that `subset` has."""
+    if rows <= most:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))

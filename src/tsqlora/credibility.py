@@ -63,6 +63,7 @@ SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
 SOUND = 0.1
 """Where more of the doubted targets than this are sound, the doubt is not believed."""
+HARD = "those that look wrong go with their inputs and are hard"
 LIKE_NULL = 0.85
 """Above this part of a pool that is like the null the model does not know the task."""
 STEEPEST = 1.6
@@ -203,6 +204,20 @@ def belong(cheaper: int, doubted: int) -> bool:
     once in a hundred (a sign test).
     """
     return bool(binom.sf(cheaper - 1, doubted, (1 + SOUND) / 2) < 0.01)
+
+
+def unless_hard(
+    found: Credibility, loss: Floats, mismatched: Floats, owner: Ints | None
+) -> Credibility:
+    """`found`, unless those doubted `belong`: `mismatched` (M) are losses of the targets of samples
+    `owner` (M) after other inputs; None of classes and numbers."""
+    if owner is None:
+        return found
+    doubted = found.values[owner] < CREDIBLE
+    cheaper = (loss[owner] < mismatched).sum(where=doubted)
+    if not belong(int(cheaper), int(doubted.sum())):
+        return found
+    return _unknown(found.values, HARD, found.like_null)
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:

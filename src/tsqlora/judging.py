@@ -30,6 +30,7 @@ import numpy as np
 
 from tsqlora.credibility import (
     CREDIBLE,
+    HARD,
     LIKE_NULL,
     Credibility,
     Floats,
@@ -56,7 +57,7 @@ BY_HEART = (
     "targets are not judged: after an epoch the model did not know the task, and what it fits "
     "since it may know by heart; trusted rows (quality.reference) would tell"
 )
-MERELY_HARD = "targets are not judged: those that look wrong go with their inputs and are hard"
+MERELY_HARD = f"targets are not judged: {HARD}"
 SETTLED = 50
 """After so many doubted targets that were asked for, windows are believed."""
 GRID = 257

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from tsqlora.batches import Collator, Pool, evaluating, forward_losses, passing, subset
+from tsqlora.batches import Collator, Pool, evaluating, forward_losses, passing, places
 from tsqlora.columns import blocks_of, column, copied, kept
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses
 from tsqlora.measuring import as_numpy
@@ -24,7 +24,8 @@ FREE = (CLASSIFICATION, REGRESSION)
 """Kinds whose null takes no pass."""
 
 Null = tuple[np.ndarray, np.ndarray]
-"""Losses of wrong targets (M), and the class that each names (M)."""
+"""Losses of wrong targets (M), and the class that each names or, of generation, the row that it is
+the target of (M)."""
 
 
 def null_of_outputs(parts: Measured, kind: str, seed: int) -> Null:
@@ -63,11 +64,12 @@ def null_of_pairs(
     With `dropout` it is on, as where the losses beside them were taken. `own` gives the losses of
     the same targets after their own inputs instead.
     """
-    chosen = subset(dataset, most, seed)
-    found = mismatched_pairs(chosen, kind)
-    losses = np.zeros(0 if found is None else len(found[1]))
+    chosen = places(len(dataset), most, seed)
+    found = mismatched_pairs(dataset.select(chosen), kind)
+    owners = chosen[[] if found is None else found[1]]
+    losses = np.zeros(len(owners))
     if found is not None:
-        rows = chosen.select(found[1]) if own else found[0]
+        rows = dataset.select(owners) if own else found[0]
         pool, halving = Pool(model, rows, collator, batch_size), Halving()
         bar = passing(pool.tokens, pool.plan, "mismatched pairs")
         drawn = _drawn(model, seed) if dropout else nullcontext()
@@ -77,7 +79,7 @@ def null_of_pairs(
                     pieces = halving(lambda piece: forward_losses(model, kind, piece), batch)
                     losses[positions] = np.concatenate([as_numpy(each) for each in pieces])
                 passed(planned)
-    return losses, np.zeros(len(losses), dtype=np.int32)
+    return losses, owners
 
 
 @contextmanager

@@ -17,12 +17,7 @@ from numpy.typing import NDArray
 
 from tsqlora.columns import blocks_of, column, copied, kept, release
 from tsqlora.config import QualityConfig
-from tsqlora.convergence import (
-    Sketches,
-    width,
-    with_mean,
-    with_others,
-)
+from tsqlora.convergence import Sketches, width, with_mean, with_others
 from tsqlora.credibility import (
     Credibility,
     beside,
@@ -31,6 +26,7 @@ from tsqlora.credibility import (
     from_null,
     from_reference,
     null_percentiles,
+    unless_hard,
 )
 from tsqlora.errors import RunError
 
@@ -59,6 +55,7 @@ class Measurements:
         group: class label (N), or 0 for all.
         null_loss: losses of inputs with other samples' targets (M), M = 0 where there are none.
         null_group: the class those targets name (M).
+        null_owner: the samples whose targets they are (M), of generation.
         confidence: log-odds of the model's first class against its second (N); empty if no classes.
         agrees: whether the label is that first class (N); empty if no classes.
         classes: C for classification, else None.
@@ -82,6 +79,7 @@ class Measurements:
     agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     classes: int | None = None
     kin: Ints | None = None
+    null_owner: Ints | None = None
     alignment: Floats | None = None
     predicted: Ints | Floats | None = None
 
@@ -250,7 +248,8 @@ def _by_loss(pool: Measurements, reference: Measurements | None, random: float) 
     if random > 0:
         return beside(u, random, pool.classes)
     if reference is None:
-        return from_null(u, size, pool.classes)
+        found = from_null(u, size, pool.classes)
+        return unless_hard(found, pool.loss, pool.null_loss, pool.null_owner)
     trusted = null_percentiles(reference.loss, reference.group, *null)
     return from_reference(u, trusted, size, pool.classes)
 

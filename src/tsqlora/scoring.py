@@ -241,7 +241,7 @@ class Scorer:
         kind, names = infer_kind(model), parts.names
         whole = drawn_whole(len(rows), self.seed)
         columns = numbers(parts, _ids(rows), whole, self.wanted.first_order)
-        found = np.zeros(0), np.zeros(0, dtype=np.int32)
+        found, owners = (np.zeros(0), np.zeros(0, dtype=np.int32)), None
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
         elif null:
@@ -250,7 +250,8 @@ class Scorer:
                 assert isinstance(parts, Parts), "the size was found when the parts were measured"
                 batch_size = int(read_json(parts.folder.parent / BATCH)["batch_size"])
             how = self.collator, batch_size, self.seed
-            found = null_of_pairs(model, kind, rows, *how)
+            losses, owners = null_of_pairs(model, kind, rows, *how)
+            found = losses, np.zeros(len(losses), dtype=np.int32)
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows), np.int32)
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
@@ -262,6 +263,7 @@ class Scorer:
             group=group,
             null_loss=found[0],
             null_group=found[1],
+            null_owner=owners,
             **predictions(parts, kind),
             classes=width,
             kin=kin(parts, kind),
