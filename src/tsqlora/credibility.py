@@ -12,6 +12,10 @@ with f₁ the density of right targets (the local false discovery rate of Efron 
 of targets one of which may happen to be right: with C classes and a share π of wrong labels
 ρ = π / (1 - π / (C - 1)), which is solved for π.
 
+Of free text the target says more of its loss than whether it goes with its input, and hard ones
+look like wrong ones. So of generation doubted targets are asked for after their own inputs and
+after others' (`belong`), before any is believed to be wrong.
+
 A *systematic* wrong label, a class taken for its neighbour, does not look like a permuted one. So
 classes are also judged by what the model, where it is sure of itself, thinks of the label. Let s(a)
 be the share of labels that agree with the prediction at confidence a. If a share π of the labels is
@@ -63,7 +67,7 @@ SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
 SOUND = 0.1
 """Where more of the doubted targets than this are sound, the doubt is not believed."""
-HARD = "those that look wrong go with their inputs and are hard"
+HARD = "those that look wrong go with their own inputs, and are merely hard"
 LIKE_NULL = 0.85
 """Above this part of a pool that is like the null the model does not know the task."""
 STEEPEST = 1.6
