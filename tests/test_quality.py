@@ -389,3 +389,6 @@ def test_a_text_whose_hard_targets_go_with_their_inputs_is_not_judged() -> None:
         assert np.isnan(found.wrong_share) != judged
         assert found.verdict.endswith(HARD) != judged
         assert (found.credibility[hard] < 1).any() == judged
+        few = replace(null, ids=null.ids[:5], loss=loss[200:205], group=null.group[:5])
+        beside = quality_scores(replace(null, null_owner=owner), QualityConfig(), few)
+        assert beside.verdict == found.verdict, "by a reference of too few the null judges alone"

@@ -249,9 +249,10 @@ def _by_loss(pool: Measurements, reference: Measurements | None, random: float) 
         return beside(u, random, pool.classes)
     if reference is None:
         found = from_null(u, size, pool.classes)
-        return unless_hard(found, pool.loss, pool.null_loss, pool.null_owner)
-    trusted = null_percentiles(reference.loss, reference.group, *null)
-    return from_reference(u, trusted, size, pool.classes)
+    else:
+        trusted = null_percentiles(reference.loss, reference.group, *null)
+        found = from_reference(u, trusted, size, pool.classes)
+    return unless_hard(found, pool.loss, pool.null_loss, pool.null_owner)
 
 
 def convergence_terms(pool: Measurements) -> Floats:

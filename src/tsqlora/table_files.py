@@ -105,10 +105,11 @@ def _refuse_one_object(path: Path, text: str) -> None:
     """That holds lists or objects: rows under a name, or columns one after the other."""
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return  # not one value: the lines say what is wrong
+    if not isinstance(whole, dict):
         return
-    inner = [name for name in whole if isinstance(whole[name], list | dict)]
-    if inner:
+    if inner := [name for name, value in whole.items() if isinstance(value, list | dict)]:
         raise DataError(
             f"{path} is one object, with {', '.join(map(repr, inner[:5]))} in it, where rows are "
             "expected. Save a list of objects, [{...}, {...}], or one object a line: the list "
