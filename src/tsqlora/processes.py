@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -48,6 +49,16 @@ def join() -> None:
         if torch.cuda.is_available():
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End gloo's threads before the interpreter goes, which may abort the process otherwise.
+
+    NCCL is left as it is: to end it one would have to wait for processes that may have failed.
+    """
+    if dist.is_initialized() and "nccl" not in str(dist.get_backend_config()):
+        dist.destroy_process_group()
 
 
 def count() -> int:
