@@ -219,3 +219,23 @@ def raised_one_by_one(
         held = sum(s for s, other in zip(shares, classes, strict=True) if other == own)
         found.append(min(most, max(1.0, floor * sum(shares) / len(set(classes)) / held)))
     return found
+
+
+def looped_mirror(pairs: list[tuple[float, float]]) -> list[float]:
+    """c of `pairs.py` by the min-max formula of isotonic regression: of every run of targets that
+    a target of |t| lies in, the share that costs more after its own input."""
+    t = [(own - other) / (own + other) for own, other in pairs]
+    order = sorted(range(len(t)), key=lambda i: abs(t[i]))
+    above = [float(t[i] > 0) for i in order]
+    found = [0.0] * len(t)
+    for place, i in enumerate(order):
+        share = min(
+            max(
+                sum(above[first : last + 1]) / (last + 1 - first)
+                for last in range(place, len(order))
+            )
+            for first in range(place + 1)
+        )
+        share = min(share, 0.5)
+        found[i] = 1 - share / (1 - share) if t[i] < 0 else 0.0
+    return found

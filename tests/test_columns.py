@@ -20,8 +20,9 @@ from tsqlora import columns
 from tsqlora.batches import _plan
 from tsqlora.columns import column, copied, distinct, in_python, kept, release
 from tsqlora.global_batches import RandomOrder
+from tsqlora.measurements import Measurements
 from tsqlora.null import others
-from tsqlora.quality import Measurements, QualityScores, quality_scores
+from tsqlora.quality import QualityScores, quality_scores
 from tsqlora.selection import draw, drawn
 
 seeds = st.integers(0, 10**6)

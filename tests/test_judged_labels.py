@@ -12,8 +12,9 @@ from scipy.special import log_softmax
 
 from test_quality import predicted
 from tsqlora.credibility import drawable, from_agreement
+from tsqlora.measurements import Measurements
 from tsqlora.null import others
-from tsqlora.quality import Measurements, credibility
+from tsqlora.quality import credibility
 
 CLASSES = 6
 

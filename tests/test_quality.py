@@ -16,7 +16,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from tiny import all_terms
 from tsqlora.config import QualityConfig, QualityWeights
 from tsqlora.credibility import (
-    HARD,
     drawable,
     from_agreement,
     from_null,
@@ -24,8 +23,8 @@ from tsqlora.credibility import (
     null_percentiles,
 )
 from tsqlora.errors import DataError, RunError
+from tsqlora.measurements import Measurements
 from tsqlora.quality import (
-    Measurements,
     QualityScores,
     convergence_terms,
     quality_scores,
@@ -374,21 +373,3 @@ def test_small_helpers_do_what_they_say() -> None:
     assert softmax(np.array([1000.0, 0.0]))[1] > 0
     np.testing.assert_allclose(tempered(np.zeros(4), np.zeros(4), 1.0), 0.25)
     assert tempered(np.zeros(4), np.array([1.0, 1.0, 1.0, 0.1]), 1.0)[3] == 0
-
-
-def test_a_text_whose_hard_targets_go_with_their_inputs_is_not_judged() -> None:
-    random = np.random.default_rng(0)
-    pool = measured(400, classes=None)
-    hard = np.arange(400) < 160
-    loss = np.where(hard, random.gamma(9.0, 0.5, 400), 0.05)
-    owner = np.arange(400)
-    for dearer, judged in ((0.5, False), (0.0, True)):
-        after_others = np.where(hard, loss + dearer + random.normal(0, 0.1, 400), 4.5)
-        null = replace(pool, loss=loss, null_group=np.zeros(400, int), null_loss=after_others)
-        found = quality_scores(replace(null, null_owner=owner), QualityConfig())
-        assert np.isnan(found.wrong_share) != judged
-        assert found.verdict.endswith(HARD) != judged
-        assert (found.credibility[hard] < 1).any() == judged
-        few = replace(null, ids=null.ids[:5], loss=loss[200:205], group=null.group[:5])
-        beside = quality_scores(replace(null, null_owner=owner), QualityConfig(), few)
-        assert beside.verdict == found.verdict, "by a reference of too few the null judges alone"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,9 @@ from tsqlora.run_folder import RunFolder
 
 
 @contextmanager
-def counted(folder: RunFolder, stage: str, passes: float, before: float = 0.0) -> Iterator[None]:
+def counted(
+    folder: RunFolder, stage: str, passes: float | Callable[[], float], before: float = 0.0
+) -> Iterator[None]:
     """Note the seconds spent inside for `stage`, and its passes once it is through.
 
     `before`: the seconds that an interrupted run took for what this one goes on from. Work that was
@@ -32,7 +34,8 @@ def counted(folder: RunFolder, stage: str, passes: float, before: float = 0.0) -
     done, peak = 0.0, 0
     try:
         yield
-        done, peak = passes, processes.largest(peak_memory())
+        done = passes() if callable(passes) else passes
+        peak = processes.largest(peak_memory())
     finally:
         if processes.is_main():
             seconds = before + time.perf_counter() - started

@@ -138,20 +138,20 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
     half of u, or when the pool looks like the null itself: then the model cannot know.
     """
     if len(u) < ENOUGH:
-        return _unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
+        return unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
     density = float(np.mean(u > 0.5) * 2)
     if _is_steep(u, null):
-        return _unknown(u, "sound but hard samples cannot be told from wrong ones yet", density)
+        return unknown(u, "sound but hard samples cannot be told from wrong ones yet", density)
     if density > LIKE_NULL:
         why = "the model does not know the task yet: targets look like permuted ones"
-        return _unknown(u, why, density)
+        return unknown(u, why, density)
     if density < max(0.02, 3 / len(u)):
         share = share_of_wrong(density, classes)
         return Credibility(column(len(u), fill=1), share, "no sign of wrong targets", density)
     found = beside(u, density, classes)
     recognised = RECOGNISED if classes is None else RECOGNISED_LABELS
     if found.values.sum(where=found.values >= CREDIBLE) < recognised * found.values.sum():
-        return _unknown(u, "sound samples cannot be told from wrong ones yet", density)
+        return unknown(u, "sound samples cannot be told from wrong ones yet", density)
     return found
 
 
@@ -208,20 +208,6 @@ def belong(cheaper: int, doubted: int) -> bool:
     once in a hundred (a sign test).
     """
     return bool(binom.sf(cheaper - 1, doubted, (1 + SOUND) / 2) < 0.01)
-
-
-def unless_hard(
-    found: Credibility, loss: Floats, mismatched: Floats, owner: Ints | None
-) -> Credibility:
-    """`found`, unless those doubted `belong`: `mismatched` (M) are losses of the targets of samples
-    `owner` (M) after other inputs; None of classes and numbers."""
-    if owner is None:
-        return found
-    doubted = found.values[owner] < CREDIBLE
-    cheaper = (loss[owner] < mismatched).sum(where=doubted)
-    if not belong(int(cheaper), int(doubted.sum())):
-        return found
-    return _unknown(found.values, HARD, found.like_null)
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:
@@ -289,7 +275,8 @@ def _judged(values: Floats, density: float, classes: int | None) -> Credibility:
     return Credibility(values, share, f"about {share:.0%} of the targets look wrong", density)
 
 
-def _unknown(u: Floats, why: str, density: float = float("nan")) -> Credibility:
+def unknown(u: Floats, why: str, density: float = float("nan")) -> Credibility:
+    """c = 1 of all, as nothing can be said."""
     verdict = f"targets are not judged: {why}"
     return Credibility(column(len(u), fill=1), float("nan"), verdict, density)
 

@@ -61,6 +61,19 @@ def token_cross_entropy(kind: str, logits: Tensor, labels: Tensor) -> tuple[Tens
     return flat.view(labels.shape), labels != IGNORED
 
 
+def last_turn_losses(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
+    """The mean loss of each causal sample (N) over its last run of counted labels alone.
+
+    `losses` are those over all of them, which they are where no sample of the batch has two runs.
+    """
+    counted = labels != IGNORED
+    begins = counted & ~F.pad(counted, (1, -1))
+    if int(begins.sum(-1).max()) < 2:
+        return losses
+    earlier = begins.flip(-1).cumsum(-1).flip(-1) - begins.int() > 0
+    return sample_losses(CAUSAL_LM, logits, labels.masked_fill(earlier, IGNORED))
+
+
 def target_lengths(kind: str, labels: Tensor) -> Tensor:
     """Target tokens of each sample (N); 1 where the target is one label or number."""
     if kind in (CLASSIFICATION, REGRESSION):

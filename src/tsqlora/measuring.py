@@ -16,7 +16,14 @@ from transformers.utils import logging
 from tsqlora.batches import Batch, forward_logits, forward_losses, singly
 from tsqlora.hooks import SharedInput
 from tsqlora.lookahead import first_order, one_step, second_order
-from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses, target_lengths
+from tsqlora.losses import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    REGRESSION,
+    last_turn_losses,
+    sample_losses,
+    target_lengths,
+)
 from tsqlora.memory import Halving, out_of_memory
 from tsqlora.per_sample_grads import (
     Dots,
@@ -39,6 +46,8 @@ Direction = Mapping[str, np.ndarray]
 Piece = tuple[Columns, dict[str, Tensor]]
 """The columns of some samples, and the sum of their unit gradients."""
 
+LAST_TURN = "last_turn"
+"""The column of losses over a chat's last turn alone."""
 TINY = 1e-12
 """Gradients are taken to be no shorter."""
 DISPLACEMENT = 0.5
@@ -95,12 +104,13 @@ class Wanted:
 class Meter:
     """Measures batches under `model` as it stands.
 
-    Columns of every sample: `loss`, `length` (target tokens); as they are `wanted` `gradient_norm`,
-    `loss_reduction` and for convergence `alignment`, the cosine with a known `direction`, or
-    `sketch` (k) where there is none; below depth 1 `last_norm`, the gradient norm of the last
-    layers, of which alignment and sketch then are too, while `gradient_norm` and `loss_reduction`
-    are NaN of what is not measured whole; of a class or number also `label` and `output` (C), the
-    logits, from which the losses of other targets are had for nothing.
+    Columns of every sample: `loss`, `length` (target tokens); as they are `wanted`
+    `gradient_norm`, `loss_reduction` and for convergence `alignment`, the cosine with a known
+    `direction`, or `sketch` (k) where there is none; below depth 1 `last_norm`, the gradient
+    norm of the last layers, of which alignment and sketch then are too, while `gradient_norm`
+    and `loss_reduction` are NaN of what is not measured whole; of causal samples `last_turn`,
+    the loss over it; of a class or number also `label` and `output` (C), the logits, from which
+    the losses of other targets are had for nothing.
 
     Attributes:
         wanted: what is measured.
@@ -202,6 +212,8 @@ class Meter:
         finally:
             self.keep.clear()
         found["loss"] = losses
+        if self.kind == CAUSAL_LM:
+            found[LAST_TURN] = last_turn_losses(logits.detach(), labels, losses.detach())
         found["length"] = target_lengths(self.kind, labels).clamp(min=1)
         if self.kind in (CLASSIFICATION, REGRESSION):
             found["label"], found["output"] = labels, logits.reshape(len(labels), -1)

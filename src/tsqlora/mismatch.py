@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -10,41 +10,70 @@ from datasets import Dataset
 from tsqlora.losses import CAUSAL_LM, IGNORED
 
 
-def mismatched_pairs(dataset: Dataset, kind: str) -> tuple[Dataset, list[int]] | None:
-    """Each row's input with the target of the row before, where the two targets differ, and the
-    numbers of the rows whose targets these are.
+@dataclass(frozen=True)
+class Pair:
+    """A row as an input and a target, both as tokens; `rest` are its other columns."""
 
-    None where rows have no such parts, or no two targets differ. A causal row is its prompt (labels
-    -100) followed by its completion; plain text has no prompt.
+    prompt: list[int]
+    target: list[int]
+    rest: dict[str, Any]
+
+
+def mismatched_pairs(dataset: Dataset, kind: str) -> tuple[Dataset, list[int]] | None:
+    """Each row's input with the target of the row before, where both inputs and both targets
+    differ, and the numbers of the rows whose targets these are.
+
+    None where rows have no such parts, or no two differ. A causal row is what comes before its last
+    turn (labels -100), followed by that turn; plain text has nothing before.
     """
-    if not {"input_ids", "labels"} <= set(dataset.column_names) or len(dataset) < 2:
-        return None
-    rows: list[dict[str, Any]] = [dict(row) for row in dataset]
-    starts = [_prompt_length(row["labels"]) if kind == CAUSAL_LM else 0 for row in rows]
-    if kind == CAUSAL_LM and not all(starts):
-        return None
-    targets = [row["labels"][start:] for row, start in zip(rows, starts, strict=True)]
-    differ = [i for i, target in enumerate(targets) if target != targets[i - 1]]
+    rows = _pairs(dataset, kind)
+    differ = [
+        i
+        for i in range(len(rows))
+        if rows[i].prompt != rows[i - 1].prompt and rows[i].target != rows[i - 1].target
+    ]
     if not differ:
         return None
-    owners = [(i - 1) % len(rows) for i in differ]
+    made = [_joined(rows[i], rows[i - 1], kind) for i in differ]
+    return Dataset.from_list(made), [(i - 1) % len(rows) for i in differ]
+
+
+def matched_pairs(dataset: Dataset, kind: str) -> Dataset:
+    """The same targets, of causal rows the last turns, after their own inputs."""
+    return Dataset.from_list([_joined(row, row, kind) for row in _pairs(dataset, kind)])
+
+
+def _pairs(dataset: Dataset, kind: str) -> list[Pair]:
+    """The rows taken apart; none where they cannot be."""
+    if not {"input_ids", "labels"} <= set(dataset.column_names):
+        return []
+    rows: list[dict[str, Any]] = [dict(row) for row in dataset]
     if kind != CAUSAL_LM:
-        pairs = [
-            {**rows[i], "labels": targets[owner]} for i, owner in zip(differ, owners, strict=True)
-        ]
-    else:
-        pairs = [_spliced(rows[i], starts[i], rows[i - 1], starts[i - 1]) for i in differ]
-    return Dataset.from_list(pairs), owners
+        return [Pair(row["input_ids"], row["labels"], row) for row in rows]
+    spans = [last_turn(row["labels"]) for row in rows]
+    if not all(start for start, _ in spans):
+        return []
+    return [
+        Pair(row["input_ids"][:start], row["input_ids"][start:stop], {})
+        for row, (start, stop) in zip(rows, spans, strict=True)
+    ]
 
 
-def _prompt_length(labels: Sequence[int]) -> int:
-    """Positions up to the last turn's target: what comes before the final run of counted labels."""
-    masked = [i for i, label in enumerate(labels) if label == IGNORED]
-    return masked[-1] + 1 if masked else 0
+def last_turn(labels: list[int]) -> tuple[int, int]:
+    """Where the last run of counted labels begins and ends; (0, 0) where none is counted."""
+    stop = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), 0)
+    start = next((i for i in range(stop, 0, -1) if labels[i - 1] == IGNORED), 0)
+    return start, stop
 
 
-def _spliced(row: dict[str, Any], at: int, other: dict[str, Any], other_at: int) -> dict[str, Any]:
-    longest = max(len(row["labels"]), len(other["labels"]))
-    ids = (row["input_ids"][:at] + other["input_ids"][other_at:])[:longest]
-    labels = ([IGNORED] * at + other["labels"][other_at:])[:longest]
+def _joined(row: Pair, other: Pair, kind: str) -> dict[str, Any]:
+    """The input of a row with the target of another, no longer than the longer of both: it is the
+    input that is cut, after its first token, as the target is what is compared."""
+    if kind != CAUSAL_LM:
+        return {**row.rest, "labels": other.target}
+    longest = max(len(each.prompt) + len(each.target) for each in (row, other))
+    cut = max(0, len(row.prompt) + len(other.target) - longest)
+    prompt = row.prompt[:1] + row.prompt[1 + cut :]
+    ids = prompt + other.target
+    labels = [IGNORED] * len(prompt) + other.target
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}

@@ -15,7 +15,7 @@ from tsqlora.columns import blocks_of, column, copied, kept
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses
 from tsqlora.measuring import as_numpy
 from tsqlora.memory import Halving
-from tsqlora.mismatch import mismatched_pairs
+from tsqlora.mismatch import matched_pairs, mismatched_pairs
 from tsqlora.parts import Measured
 
 NULL_SAMPLES = 500
@@ -69,7 +69,7 @@ def null_of_pairs(
     owners = chosen[[] if found is None else found[1]]
     losses = np.zeros(len(owners))
     if found is not None:
-        rows = dataset.select(owners) if own else found[0]
+        rows = matched_pairs(dataset.select(owners), kind) if own else found[0]
         pool, halving = Pool(model, rows, collator, batch_size), Halving()
         bar = passing(pool.tokens, pool.plan, "mismatched pairs")
         drawn = _drawn(model, seed) if dropout else nullcontext()

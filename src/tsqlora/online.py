@@ -29,11 +29,11 @@ from tsqlora.judging import (
     window_size,
 )
 from tsqlora.losses import CLASSIFICATION
+from tsqlora.measurements import Measurements
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_pairs
 from tsqlora.quality import (
     Floats,
-    Measurements,
     QualityScores,
     credibility,
     quality_scores,

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,13 @@ class Run:
     def _score(self, inputs: str) -> None:
         """Measured by all processes, a share each, or gone on with; the main one scores."""
         pool, reference = self.inputs.splits.train, self.inputs.splits.reference
-        model, measured = self.warm_model, self.folder.measured
+        model, measured, scorer = self.warm_model, self.folder.measured, self.scorer
         self.stages("score", f"the quality of {len(pool):,} samples")
-        passes = self.scorer.passes(self.config.task, len(pool), len(reference or ()))
+        passes = partial(scorer.passes, self.config.task, len(pool), len(reference or ()), measured)
         if processes.is_main():
             prepare_folder(measured, inputs)
-        with counted(self.folder, "scores", passes, self.scorer.seconds_before(measured)):
-            self.scorer.measure(model, pool, reference, measured, inputs)
+        with counted(self.folder, "scores", passes, scorer.seconds_before(measured)):
+            scorer.measure(model, pool, reference, measured, inputs)
             processes.wait()
             processes.from_main(lambda: self._save_scores(model, inputs))
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tsqlora.columns import blocks_of, column, copied, kept, release
 from tsqlora.config import QualityConfig
-from tsqlora.convergence import Sketches, width, with_mean, with_others
+from tsqlora.convergence import width, with_mean, with_others
 from tsqlora.credibility import (
     Credibility,
     beside,
@@ -26,9 +26,10 @@ from tsqlora.credibility import (
     from_null,
     from_reference,
     null_percentiles,
-    unless_hard,
 )
 from tsqlora.errors import RunError
+from tsqlora.measurements import Measurements
+from tsqlora.pairs import from_pairs
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -39,49 +40,6 @@ ROWS = 65_536
 """Rows of a group in `scores.parquet`, which is written and can be read a group at a time."""
 UNIFORM_SHARE = 0.1
 """Share of the draw that ignores the quality score (never the credibility)."""
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What one pass over a pool of N samples measured.
-
-    Attributes:
-        ids: stable sample ids (N).
-        loss: ℓ_i (N).
-        gradient_norm: ‖g_i‖₂ (N), NaN where not measured.
-        loss_reduction: ℓ_i(θ) - ℓ_i(θ - η_i g_i) (N), NaN where not measured.
-        sketch: random projections of g_i (N, k), in memory or on disk; k = 0 where not measured.
-        length: target tokens (N).
-        group: class label (N), or 0 for all.
-        null_loss: losses of inputs with other samples' targets (M), M = 0 where there are none.
-        null_group: the class those targets name (M).
-        null_owner: the samples whose targets they are (M), of generation.
-        confidence: log-odds of the model's first class against its second (N); empty if no classes.
-        agrees: whether the label is that first class (N); empty if no classes.
-        classes: C for classification, else None.
-        kin: which samples pull at the same thing (N), by number: those of one class, those of one
-            number's too high or too low predictions; None if all do.
-        alignment: the exact cosine of g_i with a reference's mean unit gradient (N), None if there
-            is none.
-        predicted: the model's class (its number) or number (N); None for generation.
-    """
-
-    ids: Ints
-    loss: Floats
-    gradient_norm: Floats
-    loss_reduction: Floats
-    sketch: Sketches
-    length: Ints
-    group: Ints
-    null_loss: Floats
-    null_group: Ints
-    confidence: Floats = field(default_factory=lambda: np.zeros(0))
-    agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    classes: int | None = None
-    kin: Ints | None = None
-    null_owner: Ints | None = None
-    alignment: Floats | None = None
-    predicted: Ints | Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +180,8 @@ def default_terms(pool: Measurements, convergence: Floats) -> Iterator[Floats]:
 def credibility(
     pool: Measurements, reference: Measurements | None = None, random: float = 0.0
 ) -> Credibility:
-    """c_i by the permutation null, the reference, or ρ where it is known (`credibility.py`).
+    """c_i by the permutation null, the reference, or ρ where it is known (`credibility.py`); of
+    free text by pairs (`pairs.py`).
 
     Class labels are judged by predictions too, for what is left unexplained, and both multiplied.
     """
@@ -243,16 +202,23 @@ def _by_loss(pool: Measurements, reference: Measurements | None, random: float) 
     if len(pool.null_loss) == 0:
         why = "targets are not judged: no wrong ones to compare"
         return Credibility(column(len(pool.ids), fill=1), float("nan"), why)
+    if pool.null_owner is not None:
+        return _by_pairs(pool, pool.null_owner)
     null = (pool.null_loss, pool.null_group)
     u, size = null_percentiles(pool.loss, pool.group, *null), len(pool.null_loss)
     if random > 0:
         return beside(u, random, pool.classes)
     if reference is None:
-        found = from_null(u, size, pool.classes)
-    else:
-        trusted = null_percentiles(reference.loss, reference.group, *null)
-        found = from_reference(u, trusted, size, pool.classes)
-    return unless_hard(found, pool.loss, pool.null_loss, pool.null_owner)
+        return from_null(u, size, pool.classes)
+    trusted = null_percentiles(reference.loss, reference.group, *null)
+    return from_reference(u, trusted, size, pool.classes)
+
+
+def _by_pairs(pool: Measurements, owner: Ints) -> Credibility:
+    found = from_pairs(pool.null_own, pool.null_loss)
+    values = column(len(pool.ids), fill=1)
+    values[owner] = found.values
+    return replace(found, values=values)
 
 
 def convergence_terms(pool: Measurements) -> Floats:

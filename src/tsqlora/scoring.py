@@ -16,6 +16,7 @@ from torch import nn
 
 from tsqlora import processes
 from tsqlora.artefacts import atomic_write_json, digest, read_json
+from tsqlora.asking import Asking, asked, own_losses
 from tsqlora.batches import (
     Collator,
     Pool,
@@ -30,11 +31,12 @@ from tsqlora.data import numbered
 from tsqlora.errors import DataError
 from tsqlora.fitting import fitting_batch_size
 from tsqlora.losses import CLASSIFICATION, infer_kind
+from tsqlora.measurements import Measurements
 from tsqlora.measuring import Columns, Direction, Meter, Wanted
-from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs, null_of_pairs
+from tsqlora.null import FREE, NULL_SAMPLES, null_of_outputs
 from tsqlora.parts import Measured, Parts, StoredSketches
 from tsqlora.per_sample_grads import PROBED
-from tsqlora.quality import Measurements, QualityScores, quality_scores
+from tsqlora.quality import QualityScores, quality_scores
 from tsqlora.selection import drawn
 
 PART = 16
@@ -88,10 +90,16 @@ class Scorer:
             return replace(wanted, terms=())
         return replace(wanted, terms=("convergence",), sums_units=True)
 
-    def passes(self, kind: str, samples: int, trusted: int = 0) -> float:
-        """Passes it takes to score so many samples and a reference; a forward alone counts ½."""
+    def passes(
+        self, kind: str, samples: int, trusted: int = 0, folder: Path | None = None
+    ) -> float:
+        """Passes it takes to score so many samples and a reference; a forward alone counts ½.
+
+        Once they are measured into `folder`, with the pairs of texts that were asked for in it.
+        """
         trusted = trusted if self.quality.preset == "default" else 0
         null = 0 if kind in FREE else min(samples, NULL_SAMPLES)
+        null = max(null, len(asked(folder)[0])) if folder else null
         halves = self.wanted.halves * samples + self.wanted_of_reference.halves * trusted
         if self.wanted.economical:
             more = replace(self.wanted, whole=True).halves - self.wanted.halves
@@ -149,6 +157,9 @@ class Scorer:
                     if share[1] > 1:
                         processes.wait()  # until all parts are there
                     direction = parts.summed()
+            if (kind := infer_kind(model)) not in FREE:
+                how = kind, dataset, self.collator, batch_size, self.seed, share
+                Asking(model, *how).ask(folder, key, lambda: own_losses(parts))
 
     def seconds_before(self, folder: Path) -> float:
         """The seconds that the processes took, side by side, for what is in `folder`."""
@@ -241,17 +252,13 @@ class Scorer:
         kind, names = infer_kind(model), parts.names
         whole = drawn_whole(len(rows), self.seed)
         columns = numbers(parts, _ids(rows), whole, self.wanted.first_order)
-        found, owners = (np.zeros(0), np.zeros(0, dtype=np.int32)), None
+        found, owners, own = (np.zeros(0), np.zeros(0, dtype=np.int32)), None, np.zeros(0)
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
         elif null:
-            batch_size = self.batch_size
-            if batch_size is None:
-                assert isinstance(parts, Parts), "the size was found when the parts were measured"
-                batch_size = int(read_json(parts.folder.parent / BATCH)["batch_size"])
-            how = self.collator, batch_size, self.seed
-            losses, owners = null_of_pairs(model, kind, rows, *how)
-            found = losses, np.zeros(len(losses), dtype=np.int32)
+            assert isinstance(parts, Parts)
+            owners, losses = asked(parts.folder.parent)
+            found, own = (losses, np.zeros(len(losses), np.int32)), own_losses(parts)[owners]
         group = parts.column("label") if kind == CLASSIFICATION else np.zeros(len(rows), np.int32)
         width = next(parts.blocks("output"))[1].shape[1] if kind == CLASSIFICATION else None
         return Measurements(
@@ -264,6 +271,7 @@ class Scorer:
             null_loss=found[0],
             null_group=found[1],
             null_owner=owners,
+            null_own=own,
             **predictions(parts, kind),
             classes=width,
             kin=kin(parts, kind),
