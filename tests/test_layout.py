@@ -35,7 +35,7 @@ ORDER = [
     "shingles", "duplicates",
     "measuring", "fitting", "parts", "null", "asking", "collected",
     "scoring", "samples",
-    "trusted", "judging", "rare_classes", "visits", "online",
+    "trusted", "judging", "suspicion", "rare_classes", "visits", "online",
     "estimators", "sensitivity",
     "rank_rules", "allocation", "zero", "sharded", "optimizer_state", "adapter", "directions",
     "merging",

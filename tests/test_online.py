@@ -301,7 +301,7 @@ def test_generation_pays_for_a_null_each_epoch_and_goes_on_to_the_same_bytes(
     assert np.isfinite(scores.convergence[seen]).all()
     assert "no wrong ones to compare" not in scores.verdict
     cost = json.loads((folder / "metrics.json").read_text())["cost"]["stages"]
-    assert 0 < cost["scores"]["passes"] <= 40 / 2, "in its one window a forward of 40 pairs at most"
+    assert 0 < cost["scores"]["passes"] <= 40, "in its one window 40 pairs at most, both ways"
     assert cost["training"]["passes"] == 150
     interrupted = config("killed")
     killed(interrupted, 5)

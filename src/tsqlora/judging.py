@@ -282,8 +282,8 @@ class Judge(Verdicts):
 
     def close(
         self, positions: Ints, loss: Floats, null: Floats, pairs: Callable[[], Pairs] | None = None
-    ) -> None:
-        """Judge the samples of a window that has ended, at `positions` in the pool.
+    ) -> bool:
+        """Judge the samples of a window that has ended, at `positions` in the pool, if it can.
 
         A window that says nothing, or is not believed by `pairs`, changes nothing. One in which
         nothing looks wrong, as when the wrong ones are hardly drawn any more, judges those doubted
@@ -294,19 +294,20 @@ class Judge(Verdicts):
         u = percentiles(loss, null)
         found = from_null(u, len(null))
         if not found.known:
-            return
+            return False
         fresh = bool((found.values < 1).any())
         if fresh:
             order = np.argsort(u, kind="stable")
             falling = np.minimum.accumulate(found.values[order])
             curve = np.interp(np.linspace(0, 1, GRID), u[order], falling)
             if pairs is not None and self.doubted < SETTLED and self._belong(curve, null, pairs()):
-                return
+                return False
             self.curve, self.credibility[positions] = curve, found.values
         elif len(self.curve):
             doubted = self.credibility[positions] < 1
             self.credibility[positions[doubted]] = _along(self.curve, u[doubted])
         self.fresh, self.null, self.judged[positions] = fresh, null, True
+        return True
 
     def _belong(self, curve: Floats, null: Floats, pairs: Pairs) -> bool:
         own, mismatched = pairs

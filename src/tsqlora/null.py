@@ -66,19 +66,19 @@ def null_of_pairs(
     """
     chosen = places(len(dataset), most, seed)
     found = mismatched_pairs(dataset.select(chosen), kind)
-    owners = chosen[[] if found is None else found[1]]
-    losses = np.zeros(len(owners))
-    if found is not None:
-        rows = matched_pairs(dataset.select(owners), kind) if own else found[0]
-        pool, halving = Pool(model, rows, collator, batch_size), Halving()
-        bar = passing(pool.tokens, pool.plan, "mismatched pairs")
-        drawn = _drawn(model, seed) if dropout else nullcontext()
-        with evaluating(model), torch.no_grad(), drawn, bar as passed:
-            for planned in pool.plan:
-                for positions, batch in pool.take(planned):
-                    pieces = halving(lambda piece: forward_losses(model, kind, piece), batch)
-                    losses[positions] = np.concatenate([as_numpy(each) for each in pieces])
-                passed(planned)
+    if found is None:
+        return np.zeros(0), chosen[:0]
+    owners = chosen[found[1]]
+    rows = matched_pairs(dataset.select(owners), kind) if own else found[0]
+    pool, halving, losses = Pool(model, rows, collator, batch_size), Halving(), np.zeros(len(rows))
+    bar = passing(pool.tokens, pool.plan, "mismatched pairs")
+    drawn = _drawn(model, seed) if dropout else nullcontext()
+    with evaluating(model), torch.no_grad(), drawn, bar as passed:
+        for planned in pool.plan:
+            for positions, batch in pool.take(planned):
+                pieces = halving(lambda piece: forward_losses(model, kind, piece), batch)
+                losses[positions] = np.concatenate([as_numpy(each) for each in pieces])
+            passed(planned)
     return losses, owners
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 
 import numpy as np
 from datasets import Dataset
@@ -23,7 +24,6 @@ from tsqlora.judging import (
     LEAST,
     Judge,
     LabelVerdicts,
-    Pairs,
     Verdicts,
     inclusion,
     window_size,
@@ -32,6 +32,7 @@ from tsqlora.losses import CLASSIFICATION
 from tsqlora.measurements import Measurements
 from tsqlora.measuring import Columns
 from tsqlora.null import FREE, NULL_SAMPLES, null_of_pairs
+from tsqlora.pairs import contrast
 from tsqlora.quality import (
     Floats,
     QualityScores,
@@ -42,11 +43,16 @@ from tsqlora.quality import (
 from tsqlora.rare_classes import raised
 from tsqlora.scoring import Scorer
 from tsqlora.selection import draw_size, drawn, unscored
+from tsqlora.suspicion import Suspicion
 from tsqlora.trusted import UNKNOWN, halves, random_share
 from tsqlora.visits import Visits, Window
 
 NULL_SHARE = 20
 """In each window, one mismatched pair for so many visits shows what wrong targets cost."""
+SUSPECTED = (
+    "targets are not judged: their losses do not tell, but about {share:.0%} of them go with other "
+    "inputs as well; `tsqlora score` finds out which"
+)
 NULL_WINDOWS = 2
 """Pairs of so many last windows make generation's null."""
 
@@ -63,6 +69,7 @@ class OnlineScorer:
         scorer: how.
         kind: the model's.
         judge: what is thought of the targets.
+        suspicion: what a few pairs say of them where the judge cannot (generation).
         duplicates: the group of near-duplicates of each sample (N).
         raised: how many times as often a sample is drawn as its class is rare (N).
         spent: passes of its own that scoring has taken so far.
@@ -82,6 +89,7 @@ class OnlineScorer:
         self.raised = self._raised()
         self.spent, self._ends = 0.0, self._window(0)
         self._pairs: list[np.ndarray] = []
+        self.suspicion = Suspicion()
 
     def _raised(self) -> np.ndarray:
         alike, asked = np.ones(len(self.rows)), self.scorer.quality.rare_classes == "raised"
@@ -117,16 +125,14 @@ class OnlineScorer:
             )
             judge.close(positions[ours], found)
             return
-        positions, window = positions[ours], window.at(ours)
+        positions, losses = positions[ours], window.column("loss")[ours]
         drawn_by = self.scorer.seed + judge.windows, null_pairs(len(positions))
         wrong = self._of_pairs(*drawn_by, model)
         self._pairs = [*self._pairs, wrong][-NULL_WINDOWS:]
-        null = np.concatenate(self._pairs)
-
-        def pairs() -> Pairs:
-            return self._of_pairs(*drawn_by, model, own=True), wrong
-
-        judge.close(positions, window.column("loss"), null, pairs)
+        own = cache(lambda: self._of_pairs(*drawn_by, model, own=True))
+        said = judge.close(positions, losses, np.concatenate(self._pairs), lambda: (own(), wrong))
+        if not (said or judge.acting or self.suspicion.settled):
+            self.suspicion.add(contrast(own(), wrong))
 
     def _of_labels(
         self, judge: LabelVerdicts, positions: np.ndarray, window: Window, model: nn.Module
@@ -182,6 +188,9 @@ class OnlineScorer:
             return unscored(ids, quality.fraction, seed, "no sample was scored")
         pool = self.scorer.measurements(visits, model, self.rows.select(seen), False)
         scores = _spread(quality_scores(pool, quality), seen, ids, self.judge)
+        if self.suspicion.confirmed and not self.judge.judged.any():
+            said = SUSPECTED.format(share=self.suspicion.share)
+            scores = replace(scores, verdict=said)
         if (most := self.raised.max()) > 1:
             said = f"{scores.verdict}; rare classes come up to {most:.1f} times as often"
             scores = replace(scores, verdict=said)
@@ -198,11 +207,12 @@ class OnlineScorer:
         """What a resumed training needs beside the visits."""
         pairs = {f"pairs.{i}": losses for i, losses in enumerate(self._pairs)}
         numbers = np.asarray([self.spent, self._ends], dtype=np.float64)
-        return {**self.judge.state(), **pairs, "scoring": numbers}
+        return {**self.judge.state(), **self.suspicion.state(), **pairs, "scoring": numbers}
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Put `state` back."""
         self.judge.load(state)
+        self.suspicion.load(state)
         self.spent, self._ends = float(state["scoring"][0]), int(state["scoring"][1])
         kept = sum(key.startswith("pairs.") for key in state)
         self._pairs = [state[f"pairs.{i}"] for i in range(kept)]

@@ -44,12 +44,16 @@ def contrast(own: Floats, mismatched: Floats) -> Floats:
 
 
 def from_pairs(own: Floats, mismatched: Floats) -> Credibility:
-    """c_i (N) by the losses of targets after their own inputs and after others' (N each).
+    """c_i (N) by the losses of targets after their own inputs and after others' (N each)."""
+    return from_contrast(contrast(own, mismatched))
+
+
+def from_contrast(t: Floats) -> Credibility:
+    """c_i (N) by t_i.
 
     Nothing is judged (c = 1) of fewer than `ENOUGH`, where nearly all look wrong, or where most of
     the sound ones could be as well: then the model does not know the task.
     """
-    t = contrast(own, mismatched)
     if len(t) < ENOUGH:
         return unknown(t, f"only {len(t)} samples, too few to compare inputs")
     above = (t > 0) + 0.5 * (t == 0)
