@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,10 +18,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runs import classification_run, write_rows
+from runs import causal_run, classification_run, write_rows
 from tiny_text import save_bert
 from tsqlora.cleaned import check_clean, write_clean
 from tsqlora.cli import main
+from tsqlora.credibility import Credibility
 from tsqlora.data import load_dataset
 from tsqlora.errors import DataError
 from tsqlora.quality import QualityScores
@@ -247,3 +249,18 @@ def test_small_pools_reach_the_least_steps_and_large_ones_get_an_epoch_more() ->
     assert adaptation_steps(100 * BATCH) == EPOCHS * 100
     assert adaptation_steps(LARGE) == LARGE_EPOCHS * LARGE // BATCH
     assert adaptation_steps(5000 * BATCH) == MOST_STEPS
+
+
+def test_a_text_that_looks_wrong_is_said_to_go_with_other_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubted(own: np.ndarray, _: np.ndarray) -> Credibility:
+        return Credibility(np.linspace(0, 1, len(own)), 0.5, "about 50% of the targets look wrong")
+
+    monkeypatch.setattr("tsqlora.quality.from_pairs", doubted)
+    config = causal_run(tmp_path, 100, **{"training.save_strategy": "no"})
+    assert main(["score", str(config)]) == 0
+    first, *_, last = ranked(tmp_path / "run")
+    assert first["likely_wrong"] == "yes"
+    assert first["why"].endswith("right with probability 0.00: it goes with other inputs as well")
+    assert "inputs" not in last["why"]

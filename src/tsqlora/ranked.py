@@ -23,9 +23,17 @@ from tsqlora.columns import column, copied
 from tsqlora.config import RunConfig
 from tsqlora.credibility import drawable
 from tsqlora.data import numbered
+from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
 from tsqlora.quality import QualityScores
 from tsqlora.row_texts import said_of
 
+AGAINST = {
+    CLASSIFICATION: "as much as a wrong target costs",
+    REGRESSION: "as much as a wrong target costs",
+    SEQ2SEQ: "it goes with other inputs as well",
+    CAUSAL_LM: "it goes with other inputs as well",
+}
+"""Why a target looks wrong, scored upfront."""
 COLUMNS = (
     "id", "text", "target", "prediction", "likely_wrong", "credibility", "loss", "why",
 )  # fmt: skip
@@ -69,7 +77,8 @@ def write_ranked(
             for i, row in zip(positions, rows, strict=True):
                 text, target = said_of(row, config.data, dataset.features)
                 said = _prediction(scores, i, labels)
-                about = (bool(wrong[i]), float(scores.credibility[i]), float(above[i]))
+                against = AGAINST[config.task] if wrong[i] else ""
+                about = against, float(scores.credibility[i]), float(above[i])
                 why = _why(about, said if said and config.task == "classification" else "", target)
                 writer.writerow(
                     [
@@ -101,15 +110,15 @@ def _prediction(scores: QualityScores, position: int, labels: Sequence[str]) -> 
     return labels[int(found)] if 0 <= found < len(labels) else ""
 
 
-def _why(about: tuple[bool, float, float], said: str, target: str) -> str:
+def _why(about: tuple[str, float, float], said: str, target: str) -> str:
     """A sentence of what speaks for or against a target."""
-    wrong, credible, above = about
+    against, credible, above = about
     parts = []
     if said:
         parts.append("the model agrees" if said == target else f"the model says {_short(said)}")
     parts.append(f"loss above that of {math.floor(100 * above)} % of the rows")
-    if wrong:
-        parts.append(f"right with probability {credible:.2f}: as much as a wrong target costs")
+    if against:
+        parts.append(f"right with probability {credible:.2f}: {against}")
     elif credible < 1:
         parts.append(f"right with probability {credible:.2f}")
     return cell("; ".join(parts))
