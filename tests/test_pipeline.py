@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -21,6 +22,7 @@ from tsqlora import QualityScores, RankPlan, checkpoints, train
 from tsqlora.checkpoints import InterruptCallback, whole_checkpoints
 from tsqlora.cli import main
 from tsqlora.config import AdapterConfig, RunConfig
+from tsqlora.interruption import SIGNALS
 from tsqlora.pipeline import Run
 from tsqlora.two_parts import first_steps
 
@@ -71,6 +73,16 @@ def test_stages_go_on_from_one_another_and_finished_ones_are_kept(tmp_path: Path
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Signals are heard, as they are not in what a shell without job control put in background."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("listening")
 def test_a_signal_saves_a_checkpoint_and_resume_goes_on_to_the_identical_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

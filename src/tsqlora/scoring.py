@@ -98,13 +98,17 @@ class Scorer:
         Once they are measured into `folder`, with the pairs of texts that were asked for in it.
         """
         trusted = trusted if self.quality.preset == "default" else 0
-        null = 0 if kind in FREE else min(samples, NULL_SAMPLES)
+        null = min(samples, NULL_SAMPLES) if self._asks(kind) else 0
         null = max(null, len(asked(folder)[0])) if folder else null
         halves = self.wanted.halves * samples + self.wanted_of_reference.halves * trusted
         if self.wanted.economical:
             more = replace(self.wanted, whole=True).halves - self.wanted.halves
             halves += more * measured_whole(samples)
         return 0.5 * (halves + null)
+
+    def _asks(self, kind: str) -> bool:
+        """Whether targets are asked for after others' inputs; preset paper judges none."""
+        return kind not in FREE and self.quality.preset == "default"
 
     def score(
         self, model: nn.Module, dataset: Dataset, reference: Dataset | None = None
@@ -157,7 +161,7 @@ class Scorer:
                     if share[1] > 1:
                         processes.wait()  # until all parts are there
                     direction = parts.summed()
-            if (kind := infer_kind(model)) not in FREE:
+            if self._asks(kind := infer_kind(model)):
                 how = kind, dataset, self.collator, batch_size, self.seed, share
                 Asking(model, *how).ask(folder, key, lambda: own_losses(parts))
 
@@ -255,7 +259,7 @@ class Scorer:
         found, owners, own = (np.zeros(0), np.zeros(0, dtype=np.int32)), None, np.zeros(0)
         if null and kind in FREE:
             found = null_of_outputs(parts, kind, self.seed)
-        elif null:
+        elif null and self._asks(kind):
             assert isinstance(parts, Parts)
             owners, losses = asked(parts.folder.parent)
             found, own = (losses, np.zeros(len(losses), np.int32)), own_losses(parts)[owners]
