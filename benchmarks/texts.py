@@ -7,7 +7,7 @@
 
 Rows of ../shared are drawn by the seed and `tsqlora score` sees the file alone, with its own choice
 of columns. An instruction model judges as it is (`adapt_steps` 0); with `--adapt` it is adapted as
-the command would. On two CPU cores a run of SmolLM2 takes three to eight minutes.
+the command would. On two CPU cores, other work beside, SmolLM2 takes seven to thirteen minutes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import operator
 import random
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import evidence_data
 import numpy as np
-from evidence_data import read_rows
+from cleaning import read, rounded
+from evidence_data import flipped, read_rows
 from evidence_stats import markdown, mean_interval
 from sklearn.metrics import roc_auc_score
 
@@ -55,11 +58,8 @@ def planted(task: str, seed: int, share: float) -> tuple[list[Line], np.ndarray]
     file, target, samples = TASKS[task]
     rng = random.Random(f"texts/{task}/{seed}")
     rows = [dict(row) for row in rng.sample(read_rows(file), samples)]
-    chosen = rng.sample(range(samples), round(share * samples))
-    true = [row[target] for row in rows]
-    for i, j in zip(chosen, chosen[1:] + chosen[:1], strict=True):
-        rows[i][target] = true[j]
-    return rows, np.array([row[target] != text for row, text in zip(rows, true, strict=True)])
+    found = flipped(replace(evidence_data.TASKS["e2e"], target=target), rows, share, rng)
+    return found.rows, np.isin(np.arange(samples), sorted(found.wrong))
 
 
 def as_chat(task: str, row: Line) -> Line:
@@ -107,18 +107,10 @@ def measure(options: argparse.Namespace) -> None:
                 names = "task", "seed", "share", "model", "adapted", "chats"
                 if key in {tuple(line[name] for name in names) for line in read(options.out)}:
                     continue
-                line = cell(task, seed, share, options)
-                line = {
-                    k: round(float(v), 4) if isinstance(v, float) else v for k, v in line.items()
-                }
+                line = rounded(cell(task, seed, share, options))
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps(line), flush=True)
-
-
-def read(path: Path) -> list[Line]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def tables(lines: list[Line]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from tsqlora import processes
 from tsqlora.batches import Collator
 from tsqlora.measuring import LAST_TURN
-from tsqlora.null import NULL_SAMPLES, Null, null_of_pairs
+from tsqlora.null import NULL_SAMPLES, null_of_pairs
 from tsqlora.pairs import from_pairs
 from tsqlora.parts import Measured, Parts
 
@@ -80,7 +80,7 @@ def pair_blocks(samples: int, seed: int) -> list[np.ndarray]:
     return np.split(order, range(NULL_SAMPLES, samples, BLOCK))
 
 
-def asked(folder: Path) -> Null:
+def asked(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The samples asked for (M), in their order, and the losses of their targets after others'
     inputs (M)."""
     parts = Parts(folder / PAIRS, 0)

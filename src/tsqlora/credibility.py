@@ -65,6 +65,9 @@ FITTED = 200_000
 """Samples at most that how often the model agrees is learnt from, drawn where there are more."""
 SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
+LEAST_SHARE = 0.02
+"""Below this share of wrong targets nothing is doubted."""
+UNTOLD = "sound samples cannot be told from wrong ones yet"
 SOUND = 0.1
 """Where more of the doubted targets than this are sound, the doubt is not believed."""
 HARD = "those that look wrong go with their own inputs, and are merely hard"
@@ -145,14 +148,22 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
     if density > LIKE_NULL:
         why = "the model does not know the task yet: targets look like permuted ones"
         return unknown(u, why, density)
-    if density < max(0.02, 3 / len(u)):
+    if density < least_share(len(u)):
         share = share_of_wrong(density, classes)
         return Credibility(column(len(u), fill=1), share, "no sign of wrong targets", density)
     found = beside(u, density, classes)
     recognised = RECOGNISED if classes is None else RECOGNISED_LABELS
-    if found.values.sum(where=found.values >= CREDIBLE) < recognised * found.values.sum():
-        return unknown(u, "sound samples cannot be told from wrong ones yet", density)
-    return found
+    return found if are_recognised(found.values, recognised) else unknown(u, UNTOLD, density)
+
+
+def least_share(samples: int) -> float:
+    """The share of wrong targets below which none of so many is doubted."""
+    return max(LEAST_SHARE, 3 / samples)
+
+
+def are_recognised(values: Floats, part: float) -> bool:
+    """Whether so much of the sound samples, of which Σ c are expected, is credible."""
+    return bool(values.sum(where=values >= CREDIBLE) >= part * values.sum())
 
 
 def _is_steep(u: Floats, null: float) -> bool:
@@ -207,7 +218,12 @@ def belong(cheaper: int, doubted: int) -> bool:
     `doubted` say that more than `SOUND` of them are right where chance alone would have so many
     once in a hundred (a sign test).
     """
-    return bool(binom.sf(cheaper - 1, doubted, (1 + SOUND) / 2) < 0.01)
+    return are_more(cheaper, doubted, (1 + SOUND) / 2)
+
+
+def are_more(found: int, of: int, part: float) -> bool:
+    """Whether `found` are more than such a part: chance would have so many once in a hundred."""
+    return bool(binom.sf(found - 1, of, part) < 0.01)
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:

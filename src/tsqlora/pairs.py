@@ -24,17 +24,16 @@ import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
 from tsqlora.credibility import (
-    CREDIBLE,
     ENOUGH,
     LIKE_NULL,
     RECOGNISED,
+    UNTOLD,
     Credibility,
     Floats,
+    are_recognised,
+    least_share,
     unknown,
 )
-
-LEAST_SHARE = 0.02
-"""Below this share of wrong targets nothing is doubted."""
 
 
 def contrast(own: Floats, mismatched: Floats) -> Floats:
@@ -61,11 +60,11 @@ def from_contrast(t: Floats) -> Credibility:
     if share > LIKE_NULL:
         why = "the model does not know the task yet: targets go with other inputs as well"
         return unknown(t, why, share)
-    if share < max(LEAST_SHARE, 3 / len(t)):
+    if share < least_share(len(t)):
         return Credibility(np.ones(len(t)), share, "no sign of wrong targets", share)
     values = _mirrored(t, above)
-    if values.sum(where=values >= CREDIBLE) < RECOGNISED * values.sum():
-        return unknown(t, "sound samples cannot be told from wrong ones yet", share)
+    if not are_recognised(values, RECOGNISED):
+        return unknown(t, UNTOLD, share)
     verdict = f"about {share:.0%} of the targets look wrong: they go with other inputs as well"
     return Credibility(values, share, verdict, share)
 

@@ -23,17 +23,12 @@ from tsqlora.columns import column, copied
 from tsqlora.config import RunConfig
 from tsqlora.credibility import drawable
 from tsqlora.data import numbered
-from tsqlora.losses import CAUSAL_LM, CLASSIFICATION, REGRESSION, SEQ2SEQ
+from tsqlora.null import FREE
 from tsqlora.quality import QualityScores
 from tsqlora.row_texts import said_of
 
-AGAINST = {
-    CLASSIFICATION: "as much as a wrong target costs",
-    REGRESSION: "as much as a wrong target costs",
-    SEQ2SEQ: "it goes with other inputs as well",
-    CAUSAL_LM: "it goes with other inputs as well",
-}
-"""Why a target looks wrong, scored upfront."""
+COSTLY, UNRELATED = "as much as a wrong target costs", "it goes with other inputs as well"
+"""Why a class or number looks wrong, and why a text does, scored upfront."""
 COLUMNS = (
     "id", "text", "target", "prediction", "likely_wrong", "credibility", "loss", "why",
 )  # fmt: skip
@@ -70,6 +65,7 @@ def write_ranked(
     """
     order = ranking(scores)[:MOST]
     wrong, above = likely_wrong(scores), _share_below(scores.loss)
+    against = COSTLY if config.task in FREE else UNRELATED
     with atomic_file(path) as file, file.open("w", encoding="utf-8-sig", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(COLUMNS)
@@ -77,8 +73,7 @@ def write_ranked(
             for i, row in zip(positions, rows, strict=True):
                 text, target = said_of(row, config.data, dataset.features)
                 said = _prediction(scores, i, labels)
-                against = AGAINST[config.task] if wrong[i] else ""
-                about = against, float(scores.credibility[i]), float(above[i])
+                about = against if wrong[i] else "", float(scores.credibility[i]), float(above[i])
                 why = _why(about, said if said and config.task == "classification" else "", target)
                 writer.writerow(
                     [

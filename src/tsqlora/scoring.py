@@ -130,8 +130,9 @@ class Scorer:
         """Measure the samples into `folder`, or go on doing so if its parts are of these `inputs`.
 
         One forward of every sample, a backward and a forward after its own step if wanted; first
-        those of the reference, so that the pool's gradients meet its mean one in the same pass. Of
-        several processes each takes its `share`, every so many-th part from the first on.
+        those of the reference, so that the pool's gradients meet its mean one in the same pass;
+        last texts after others' inputs (`asking.py`). Of several processes each takes its `share`,
+        every so many-th part from the first on.
 
         Raises:
             DataError: there is no sample, or the batches hold no labels.

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.stats import binom
 
-from tsqlora.credibility import Floats
+from tsqlora.credibility import Floats, are_more
 from tsqlora.pairs import from_contrast
 
 WINDOWS = 2
@@ -44,7 +43,7 @@ class Suspicion:
     def confirmed(self) -> bool:
         """Whether more than `SUSPECT` of the targets are wrong: so many above 0 are there by chance
         once in a hundred (a sign test)."""
-        return bool(binom.sf(self.above - 1, self.asked, SUSPECT / 2) < 0.01)
+        return are_more(self.above, self.asked, SUSPECT / 2)
 
     @property
     def share(self) -> float:
