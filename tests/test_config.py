@@ -126,7 +126,7 @@ def test_the_dict_is_plain_and_in_the_order_of_the_schema(config: RunConfig) -> 
     assert yaml.safe_load(yaml.safe_dump(plain, allow_unicode=False)) == plain
     assert list(plain) == SCHEMA
     assert list(plain["data"]) == [
-        "train", "validation", "test", "text", "target", "messages", "max_length",
+        "train", "validation", "test", "text", "target", "messages", "chat", "max_length",
         "max_train_samples",
     ]  # fmt: skip
 
@@ -298,6 +298,8 @@ BAD = [
     ("data.target", 3, "data.target must be text or null, not 3"),
     ("data.messages", "chat", "give data.messages, or data.text and data.target, not both"),
     ("data", {"train": "t", "messages": "chat"}, "data.messages is for causal-lm"),
+    ("data.chat", True, "data.chat is for causal-lm with data.text and data.target"),
+    ("data.chat", "yes", "data.chat must be true or false, not 'yes'"),
     ("data", {"text": "a", "target": "b"}, "data.train is required"),
     ("task", "chat", "task must be classification, regression, seq2seq or causal-lm, not 'chat'"),
     ("task", ["causal-lm"], "task must be"),

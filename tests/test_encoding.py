@@ -146,8 +146,31 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
 
 def test_chats_need_a_chat_template(tmp_path: Path) -> None:
     model = tiny.save_llama(tmp_path)
-    with pytest.raises(ModelError, match=r"no chat template.*tokenizer:"):
+    with pytest.raises(ModelError, match=r"no chat template, which data.messages.*tokenizer:"):
         tiny.task_of(model, "causal-lm", {"messages": "messages"}, tiny.rows(messages=[CHAT]))
+    with pytest.raises(ModelError, match=r"no chat template, which data.chat.*tokenizer:"):
+        tiny.task_of(model, "causal-lm", AS_CHAT, tiny.rows(asked=["red"], said=["blue"]))
+
+
+AS_CHAT = {"text": "{asked}\n", "target": "said", "chat": True}
+
+
+@given(asked=st.text("ab \n", max_size=9), said=st.text("ab \n", max_size=9))
+def test_text_and_target_as_a_chat_are_the_chat_of_their_turns(
+    llama: str, asked: str, said: str
+) -> None:
+    turns = [("user", asked.strip()), ("assistant", said.strip())]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    columns, whole = tiny.rows(asked=[asked], said=[said]), tiny.rows(messages=[chat])
+    ours = tiny.task_of(llama, "causal-lm", AS_CHAT, columns)
+    theirs = tiny.task_of(llama, "causal-lm", {"messages": "messages"}, whole)
+    if asked.strip() and said.strip():
+        encoded = ours.encode(columns, "data.train").to_list()
+        assert encoded == theirs.encode(whole, "data.train").to_list()
+    else:
+        missing = "the assistant's turns are empty" if asked.strip() else "the text is blank"
+        with pytest.raises(DataError, match=f"^data.train: row 0: {missing}"):
+            ours.encode(columns, "data.train")
 
 
 @given(

@@ -73,6 +73,7 @@ KINDS = [
     (rated, save_bert, "regression"),
     (translated, save_bart, "seq2seq"),
     (instructed, save_llama, "causal-lm"),
+    (instructed, chatty_llama, "causal-lm"),
     (chatted, chatty_llama, "causal-lm"),
     (plain, save_llama, "causal-lm"),
 ]
@@ -278,3 +279,45 @@ def test_data_without_text_is_refused_with_what_is_there(tmp_path: Path) -> None
         DataError, match=r"no column of a \(2 classes\), b \(numbers\) looks like text"
     ):
         choose_columns(look(load_dataset(str(tmp_path / "rows.jsonl"), "data.train")))
+
+
+def test_instructions_and_answers_are_a_chat_where_the_model_has_a_template(tmp_path: Path) -> None:
+    from tsqlora.first_config import configuration
+    from tsqlora.seeing import see
+
+    file = str(write_rows(tmp_path / "rows.jsonl", made(instructed)))
+    plain = {"text": "{instruction}\n{input}\n", "target": "output"}
+    chat = {"text": "{instruction}\n{input}", "target": "output", "chat": True}
+    llama, chatty = save_llama(tmp_path / "plain"), chatty_llama(tmp_path / "chat")
+    with_template = see(file, model=chatty)
+    assert see(file, model=llama).chosen.data == plain
+    assert with_template.chosen.data == chat
+    assert yaml.safe_load(configuration(with_template, "rows"))["data"]["chat"] is True
+    own = see(file, text="{instruction}: ", model=chatty).chosen.data
+    assert own == {"text": "{instruction}: ", "target": "output", "chat": True}
+    suggested = see(file)
+    assert suggested.model.endswith("-Instruct")
+    assert suggested.chosen.data == chat
+    assert see(file, task="classification", target="category").chosen.data.keys() == {
+        "text",
+        "target",
+    }
+
+
+@pytest.mark.parametrize("make", [instructed, chatted])
+def test_of_a_chat_the_template_s_own_words_count_as_length(make: Any, tmp_path: Path) -> None:
+    from tsqlora.encoding import encode_chats, render_chat
+    from tsqlora.lengths import templated
+    from tsqlora.loading import load_tokenizer
+    from tsqlora.seeing import see
+
+    file = str(write_rows(tmp_path / "rows.jsonl", made(make)))
+    model = chatty_llama(tmp_path / "chat")
+    seen, tokenizer = see(file, model=model), load_tokenizer(model, "model")
+    texts = templated(load_dataset(file, "data.train"), seen.chosen, tokenizer)
+    exact = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text, _ in texts)
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "is good"}]
+    (row,) = encode_chats(tokenizer, [render_chat(tokenizer, turns)], 999)
+    assert isinstance(row, dict)
+    assert exact <= seen.lengths[2] <= exact + 2, "start and end"
+    assert len(row["input_ids"]) > len(tokenizer("the film is good")["input_ids"])

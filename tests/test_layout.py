@@ -45,8 +45,8 @@ ORDER = [
     "model_card", "finished", "baseline",
     "figures", "charts", "packed", "report_ranks", "row_texts", "report_texts", "report_table",
     "report_samples", "report", "pipeline", "ranked", "cleaned",
-    "packaged", "seeing", "first_config", "score_only", "demo_data", "demo", "arguments",
-    "completion", "endings", "cli", "__main__",
+    "packaged", "lengths", "seeing", "first_config", "score_only", "demo_data", "demo",
+    "arguments", "completion", "endings", "cli", "__main__",
 ]  # fmt: skip
 
 PUBLIC = {

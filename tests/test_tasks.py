@@ -43,19 +43,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.save_llama(tmp_path_factory.mktemp("llama"), tiny.CHAT_TEMPLATE)
 
 
-@pytest.fixture(params=["classification", "regression", "seq2seq", "plain", "completion", "chat"])
+@pytest.fixture(
+    params=["classification", "regression", "seq2seq", "plain", "completion", "chat", "asked"]
+)
 def example(
     request: pytest.FixtureRequest, bert: str, bart: str, llama: str
 ) -> tuple[Task, Dataset]:
     """A task of each kind with its data."""
     text = {"text": "text", "target": "target"}
-    cases: dict[str, tuple[str, str, dict[str, str], list[Any]]] = {
+    cases: dict[str, tuple[str, str, dict[str, Any], list[Any]]] = {
         "classification": (bert, "classification", text, ["x", "y", "z", "y"]),
         "regression": (bert, "regression", text, [0.5, -1.0, 2.0, 3.5]),
         "seq2seq": (bart, "seq2seq", text, ["yes", "no no", "red one", "a very good one"]),
         "plain": (llama, "causal-lm", {"text": "text"}, [None] * 4),
         "completion": (llama, "causal-lm", text, [" yes", " no", " a b c d", "x"]),
         "chat": (llama, "causal-lm", {"messages": "target"}, [CHAT, CHAT[:2], CHAT, CHAT[2:]]),
+        "asked": (llama, "causal-lm", {**text, "chat": True}, [" yes", " no", " a b c d", "x"]),
     }
     model, kind, data, targets = cases[request.param]
     train = tiny.rows(text=TEXTS, target=targets)
@@ -136,7 +139,7 @@ def test_a_task_rebuilt_from_its_description_encodes_the_same(
 ) -> None:
     task, train = example
     known = json.loads(json.dumps(task.describe()))
-    data = {"text": task.data.text, "target": task.data.target, "messages": task.data.messages}
+    data = {name: getattr(task.data, name) for name in ("text", "target", "messages", "chat")}
     again = make_task(tiny.config(task.model, known["kind"], data), None, labels=known["labels"])
     assert again.encode(train, "x").to_list() == task.encode(train, "x").to_list()
 
@@ -161,7 +164,7 @@ def test_the_kind_of_every_architecture_is_known(name: str) -> None:
 def test_saved_tokenizers_encode_the_same(example: tuple[Task, Dataset], tmp_path: Path) -> None:
     task, train = example
     task.save_tokenizers(tmp_path)
-    data = {"text": task.data.text, "target": task.data.target, "messages": task.data.messages}
+    data = {name: getattr(task.data, name) for name in ("text", "target", "messages", "chat")}
     config = tiny.config(task.model, task.kind, data, tokenizer=str(tmp_path))
     again = make_task(config, None, labels=list(task.labels))
     assert again.encode(train, "x").to_list() == task.encode(train, "x").to_list()

@@ -44,6 +44,18 @@ def turns_of(row: Mapping[str, Any], columns: Columns) -> tuple[list[dict[str, A
     return known, sum(map(len, parts[:-1]))
 
 
+def question_and_answer(text: str, target: str) -> list[dict[str, Any]]:
+    """Two turns (`data.chat`), without the space around them.
+
+    Raises:
+        DataError: there is nothing but space in the question.
+    """
+    if not text.strip():
+        raise DataError("the text is blank. Fill it in or drop the row.")
+    said = {"user": text.strip(), "assistant": target.strip()}
+    return [{"role": role, "content": content} for role, content in said.items()]
+
+
 def as_turn(message: Any) -> dict[str, Any] | None:
     """The message with `role` and `content`, without the keys that a table fills with None.
 

@@ -59,8 +59,10 @@ class DataConfig:
     `train`, `validation` and `test` are sources, or lists of them, as `tsqlora.data.load_dataset`
     takes them; `validation` may be a fraction. `text` is a column, a pair of columns or a template,
     `target` a column or template, `messages` the column of a chat (turns of `role` and `content`,
-    or of `from` and `value`), or a pair of them, of which the second is learnt. `max_length` is in
-    tokens. Of a larger train at most `max_train_samples` rows are taken, drawn by the run's seed.
+    or of `from` and `value`), or a pair of them, of which the second is learnt. `chat: true` writes
+    `text` and `target` as a user's and an assistant's turn, by the tokenizer's chat template.
+    `max_length` is in tokens. Of a larger train at most `max_train_samples` rows are taken, drawn
+    by the run's seed.
     """
 
     train: _Sources
@@ -69,6 +71,7 @@ class DataConfig:
     text: _Name | tuple[_Name, _Name] | None = None
     target: _Name | None = None
     messages: _Name | tuple[_Name, _Name] | None = None
+    chat: bool = False
     max_length: _Count = 128
     max_train_samples: _Count | None = None
 

@@ -59,6 +59,8 @@ def conflicts(
         yield "give data.messages, or data.text and data.target, not both"
     elif known and task != "causal-lm":
         yield f"data.messages is for causal-lm; for {task} give data.text and data.target"
+    if data.chat is True and known and (task != "causal-lm" or data.target is None):
+        yield "data.chat is for causal-lm with data.text and data.target: leave it out"
     if run.get("target_tokenizer") is not None and known and task != "seq2seq":
         yield f"target_tokenizer is for seq2seq, not for {task}: leave it out"
     if quality.reference == "validation" and data.validation is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,15 @@ def _about_task(seen: Seen) -> str:
         + (", ..." if len(seen.classes) > 8 else ""),
         "regression": "a number; where numbers stand for kinds: classification",
         "seq2seq": "text to text, by an encoder and a decoder; or causal-lm",
-        "causal-lm": "a chat" if "messages" in seen.chosen.data else "text that goes on",
+        "causal-lm": _about_text(seen.chosen.data),
     }
     return about[seen.chosen.task]
+
+
+def _about_text(data: Mapping[str, Any]) -> str:
+    if "chat" in data:
+        return "a chat: text asks, target answers, by the model's template; chat: false for neither"
+    return "a chat" if "messages" in data else "text that goes on"
 
 
 def _about_model(seen: Seen) -> str:

@@ -33,6 +33,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from tsqlora.chats import as_turn
+from tsqlora.data import spec_columns
 from tsqlora.errors import DataError
 from tsqlora.labels import is_label
 
@@ -95,6 +96,18 @@ class Chosen:
     data: Mapping[str, Any]
     why: str
     others: tuple[str, ...] = ()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether turns are learnt, by a chat template."""
+        return bool({"messages", "chat"} & self.data.keys())
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the choice reads."""
+        specs = [self.data.get(key) for key in ("text", "target", "messages")]
+        flat = [s for spec in specs if spec for s in ([spec] if isinstance(spec, str) else spec)]
+        return list(dict.fromkeys(name for spec in flat for name in spec_columns(spec)))
 
 
 def look(dataset: Dataset) -> list[Column]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,15 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
-from tsqlora.chats import turns_of
-from tsqlora.data import load_dataset, render, require_columns, spec_columns
+from tsqlora.data import load_dataset, require_columns
 from tsqlora.errors import DataError
 from tsqlora.labels import class_names, label_notes
+from tsqlora.lengths import lengths_of, templated, texts_of
 from tsqlora.loading import load_tokenizer
 from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look, named_as_label
 from tsqlora.packaged import NAME, default_encoder
 from tsqlora.sources import Source, beside, listed
 
-TOKENS_A_WORD = 1.5
-"""Where no tokenizer is at hand, of words and numbers in English."""
-CHARACTERS_A_TOKEN = 3.0
-"""The same for text without spaces between words."""
-COVERED = 0.99
-"""Share of the rows that fit `max_length` whole."""
 MANY = 20_000
 """Rows from which a larger model is worth its time."""
 TENTH = 100
@@ -41,7 +34,7 @@ MODELS: Mapping[str, tuple[str, str, str]] = {
 }
 """For few rows, for many, and for text that is mostly not in the Latin script."""
 INSTRUCTED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
-"""For chats, which need a chat template."""
+"""For chats, and instructions with their answers: these have a chat template."""
 LONGEST = {"classification": 512, "regression": 512, "seq2seq": 1024, "causal-lm": 2048}
 
 
@@ -111,9 +104,15 @@ def see(
     seen_rows = dataset.select(
         np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int))
     )
-    texts = _texts(seen_rows, chosen)
+    texts = texts_of(seen_rows, chosen)
     suggested = model or _suggested(chosen, len(dataset), texts)
-    lengths, counted = _lengths(texts, suggested, model is not None, chosen.task)
+    here = model is not None or Path(suggested).is_dir()
+    tokenizer = load_tokenizer(suggested, "model") if here else None
+    if suggested in INSTRUCTED or (tokenizer is not None and tokenizer.chat_template):
+        chosen = _as_chat(chosen, text is not None)
+    if chosen.is_chat and tokenizer is not None and tokenizer.chat_template:
+        texts = templated(seen_rows, chosen, tokenizer)
+    lengths, counted = lengths_of(texts, chosen, tokenizer)
     notes = _notes(columns, chosen, dataset)
     if suggested in MODELS["seq2seq"] and _foreign(texts):
         notes.append(f"{suggested} knows the Latin script best: set a model of your language.")
@@ -122,7 +121,7 @@ def see(
     if chosen.task == "classification":
         target = chosen.data["target"]
         classes = class_names(dataset, target, "data.train")
-        notes.extend(label_notes(dataset, _used(chosen), target, classes))
+        notes.extend(label_notes(dataset, chosen.columns, target, classes))
         if target in classes:
             notes.append(
                 f"{target!r} is the name of the column and of a class in it: if the file has no "
@@ -134,27 +133,10 @@ def see(
     )  # fmt: skip
 
 
-def _texts(rows: Dataset, chosen: Chosen) -> list[tuple[str, str]]:
-    """(input, target to write) of the rows that have both, as text."""
-    if "messages" in chosen.data:
-        chats = (turns_of(row, chosen.data["messages"])[0] for row in rows)
-        return [(" ".join(str(turn.get("content")) for turn in chat), "") for chat in chats]
-    text, target = chosen.data["text"], chosen.data.get("target")
-    require_columns(rows, _used(chosen), "data.train")
-    specs = [text] if isinstance(text, str) else list(text)
-    written = [target] if target and chosen.task in ("seq2seq", "causal-lm") else []
-    found = []
-    for row in rows:
-        with suppress(DataError):  # a note says that values are missing
-            answer = "".join(render(row, spec) for spec in written)
-            found.append((" ".join(render(row, spec) for spec in specs), answer))
-    return found or [("", "")]
-
-
 def _suggested(chosen: Chosen, rows: int, texts: Sequence[tuple[str, str]]) -> str:
     few, many, other_script = MODELS[chosen.task]
-    if "messages" in chosen.data:
-        return INSTRUCTED[rows >= MANY]
+    if chosen.is_chat or _instructs(chosen):
+        return INSTRUCTED[rows >= MANY or _foreign(texts)]
     if _foreign(texts):
         return other_script
     suggested = many if rows >= MANY else few
@@ -167,32 +149,18 @@ def _foreign(texts: Sequence[tuple[str, str]]) -> bool:
     return sum(ord(letter) > 0x24F for letter in letters) > 0.3 * max(1, len(letters))
 
 
-def _lengths(
-    texts: Sequence[tuple[str, str]], model: str, given: bool, task: str
-) -> tuple[tuple[int, int, int], str]:
-    """The middle, 99th percentile and longest length, in the model's tokens where it is here."""
-    both = [text + target if task == "causal-lm" else text for text, target in texts]
-    others = [target for _, target in texts] if task == "seq2seq" else []
-    counted = "tokens"
-    if given or Path(model).is_dir():
-        tokenizer = load_tokenizer(model, "model")
-        counts = [len(ids) for ids in tokenizer(both, verbose=False)["input_ids"]]
-        if others:
-            written = tokenizer(text_target=others, verbose=False)["input_ids"]
-            counts = np.maximum(counts, [len(ids) for ids in written]).tolist()
-        counts = [count + 1 for count in counts] if task == "causal-lm" else counts
-    else:
-        counts = [_guessed(text) for text in both]
-        counts = np.maximum(counts, [_guessed(text) for text in others or both]).tolist()
-        counted = "tokens, guessed from words"
-    middle, high = np.quantile(counts, [0.5, COVERED])
-    return (int(middle), math.ceil(high), int(max(counts))), counted
+def _instructs(chosen: Chosen) -> bool:
+    """Whether a text is asked for another one, which a chat model answers."""
+    return chosen.task == "causal-lm" and "target" in chosen.data
 
 
-def _guessed(text: str) -> int:
-    words = len(re.findall(r"\w+|[^\w\s]", text))
-    spaceless = len(text) / CHARACTERS_A_TOKEN if " " not in text.strip() else 0.0
-    return math.ceil(max(TOKENS_A_WORD * words, spaceless)) + 4
+def _as_chat(chosen: Chosen, given: bool) -> Chosen:
+    """Text and target as turns; the line break that parts them in plain text is not asked for."""
+    if not _instructs(chosen):
+        return chosen
+    text = str(chosen.data["text"])
+    data = {**chosen.data, "text": text if given else text.rstrip("\n"), "chat": True}
+    return replace(chosen, data=data)
 
 
 def _splits(
@@ -217,7 +185,7 @@ def _unusable(source: str, where: str, chosen: Chosen) -> str:
     """Why a split cannot be measured on, or nothing."""
     try:
         rows = load_dataset(source, where)
-        require_columns(rows, _used(chosen), where)
+        require_columns(rows, chosen.columns, where)
     except DataError as error:
         return str(error)
     target = chosen.data.get("target")
@@ -228,15 +196,8 @@ def _unusable(source: str, where: str, chosen: Chosen) -> str:
     return ""
 
 
-def _used(chosen: Chosen) -> list[str]:
-    """The columns that the choice reads."""
-    specs = [chosen.data.get(key) for key in ("text", "target", "messages")]
-    flat = [s for spec in specs if spec for s in ([spec] if isinstance(spec, str) else spec)]
-    return list(dict.fromkeys(name for spec in flat for name in spec_columns(spec)))
-
-
 def _notes(columns: Sequence[Column], chosen: Chosen, dataset: Dataset) -> list[str]:
-    used = _used(chosen)
+    used = chosen.columns
     missing = [
         f"{column.name!r} is missing in {column.missing} of {len(dataset)} rows: fill it in or "
         "drop these rows before training, which stops at them."

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from tsqlora.base_task import Row, Task
-from tsqlora.chats import chat_columns, turns_of
+from tsqlora.chats import chat_columns, question_and_answer, turns_of
 from tsqlora.config import RunConfig
 from tsqlora.data import render, require_columns
 from tsqlora.encoding import (
@@ -226,7 +226,8 @@ class Seq2SeqTask(Task):
 
 
 class CausalLMTask(Task):
-    """The next token of plain text, of completions (`target`) or assistant turns (`messages`)."""
+    """The next token of plain text, of completions (`target`) or of assistant turns (`messages`, or
+    `text` and `target` as a `chat`)."""
 
     kind = CAUSAL_LM
     peft_task_type = "CAUSAL_LM"
@@ -237,10 +238,11 @@ class CausalLMTask(Task):
         super().__post_init__()
         _refuse_pairs(self)
         name, data = self.tokenizer.name_or_path, self.data
-        if data.messages is not None and self.tokenizer.chat_template is None:
+        if self._chats and self.tokenizer.chat_template is None:
+            given = "data.chat" if data.messages is None else "data.messages"
             raise ModelError(
-                f"The tokenizer {name} has no chat template, which `messages` needs: set "
-                "`tokenizer:` to one that has, or give data.text and data.target as templates."
+                f"The tokenizer {name} has no chat template, which {given} needs: set `tokenizer:` "
+                "to one that has, or give data.text and data.target alone, as templates."
             )
         if (data.messages or data.target) is not None and not self.tokenizer.is_fast:
             raise ModelError(
@@ -253,17 +255,24 @@ class CausalLMTask(Task):
         chat = self.data.messages
         return super().columns() if chat is None else chat_columns(chat)
 
+    @property
+    def _chats(self) -> bool:
+        return self.data.messages is not None or self.data.chat
+
     def _read(self, row: Row) -> Any:
-        if self.data.messages is None:
-            target = self.data.target
-            return render(row, str(self.data.text)), render(row, target) if target else ""
+        messages, target, said = self.data.messages, self.data.target, ("", "")
+        if messages is None:
+            said = render(row, str(self.data.text)), render(row, target) if target else ""
+            if not self.data.chat:
+                return said
         try:
-            return render_chat(self.tokenizer, *turns_of(row, self.data.messages))
+            turns = (question_and_answer(*said), 0) if messages is None else turns_of(row, messages)
+            return render_chat(self.tokenizer, *turns)
         except DataError as error:
             raise DataError(f"row {row['id']}: {error}") from None
 
     def _tokenize(self, samples: list[Any]) -> list[Encoded]:
-        if self.data.messages is not None:
+        if self._chats:
             return encode_chats(self.tokenizer, samples, self.limit)
         texts, targets = zip(*samples, strict=True)
         if self.data.target is not None:
