@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to be measured at a rate."""
+    """A cell to be measured at a rate, or a trial of that rate."""
 
     task: Task
     condition: str
@@ -28,6 +28,7 @@ class Job:
     seed: int
     rate: float
     epochs: float | None = None
+    trial: bool = False
 
     @property
     def key(self) -> Key:
@@ -48,39 +49,47 @@ def workers(processes: int) -> AbstractContextManager[Executor | None]:
 
 
 def measured_all(
-    jobs: Iterable[Job], pool: Executor | None, what: str
+    queue: list[Job], pool: Executor | None, what: str
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Every job and its line, as they are done.
+    """Every job and its line, as they are done; whoever takes them may put more into the queue.
 
     Raises:
         SystemExit: jobs failed; it names them, once the others are done.
     """
-    waiting, failed = list(jobs), []
-    done = _in_turn(waiting) if pool is None else _at_once(waiting, pool)
-    for job, result in tqdm(done, desc=what, unit="cell", total=len(waiting)):
-        try:
-            line = result()
-        except Exception as error:  # noqa: PERF203  a cell takes minutes
-            failed.append(f"{job.key}: {type(error).__name__}: {error}")
-            tqdm.write(failed[-1])
-        else:
-            yield job, line
+    failed = []
+    with tqdm(desc=what, unit="cell", total=len(queue)) as bar:
+        for job, result, left in _in_turn(queue) if pool is None else _at_once(queue, pool):
+            try:
+                line = result()
+            except Exception as error:
+                failed.append(f"{job.key}: {type(error).__name__}: {error}")
+                tqdm.write(failed[-1])
+            else:
+                yield job, line
+            bar.total = bar.n + 1 + left + len(queue)
+            bar.update()
     if failed:
         raise SystemExit("\n".join([f"{len(failed)} cells failed:", *failed]))
 
 
-Done = Iterator[tuple[Job, Callable[[], dict[str, Any]]]]
+Done = Iterator[tuple[Job, Callable[[], dict[str, Any]], int]]
+"""Jobs, what gives their lines, and how many are under way beside those in the queue."""
 
 
-def _in_turn(jobs: list[Job]) -> Done:
-    return ((job, job.line) for job in jobs)
+def _in_turn(queue: list[Job]) -> Done:
+    while queue:
+        job = queue.pop(0)
+        yield job, job.line, 0
 
 
-def _at_once(jobs: list[Job], pool: Executor) -> Done:
-    given = {pool.submit(job.line): job for job in jobs}
+def _at_once(queue: list[Job], pool: Executor) -> Done:
+    given = dict[Future[dict[str, Any]], Job]()
     try:
-        for done in as_completed(given):
-            yield given[done], done.result
+        while queue or given:
+            given.update({pool.submit(job.line): job for job in queue})
+            queue.clear()
+            for done in wait(given, return_when=FIRST_COMPLETED).done:
+                yield given.pop(done), done.result, len(given)
     finally:
         for unfinished in given:
             unfinished.cancel()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from evidence_data import TASKS, TRUSTED, Task, read_rows
+from evidence_data import TRUSTED, Task, read_rows
 from evidence_lines import RESULTS, read_lines
 from evidence_methods import RATE_OF
-from evidence_pool import Job, measured_all
-from tqdm import tqdm
 
 from tsqlora.errors import ConfigError
 
@@ -26,27 +21,6 @@ of a few hundred. Where a task leaves fewer, its seeds are more (benchmarks/LOG.
 """
 TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds", "versions", "at")
 """What is kept of a trial."""
-
-
-def tune(
-    pairs: Iterable[tuple[str, str]], epochs: float | None, results: Path, pool: Executor | None
-) -> None:
-    """Try the rates of these tasks and methods, a line of results/evidence_tuning.jsonl each.
-
-    In rounds: the rates of all that are missing, then whatever lies beyond a best one at an edge.
-    """
-    kinds = {(task, method): for_tuning(TASKS[task]) for task, method in pairs}
-    while missing := [
-        Job(kind, condition, method, seed, rate, epochs)
-        for (task, method), kind in kinds.items()
-        for condition, seed, rate in untried(kind, tried(task, method, results))
-    ]:
-        for job, line in measured_all(missing, pool, "tuning"):
-            kept = {name: line[name] for name in TRIAL}
-            with (results / TUNING).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**kept, "rate": job.rate}) + "\n")
-            tqdm.write(f"{job.task.name:6} {job.condition:12} {job.method:24} {job.seed} "
-                       f"{job.rate} {line['validation']:.2f}")  # fmt: skip
 
 
 Tried = dict[float, dict[tuple[str, int], float]]
@@ -104,9 +78,7 @@ def read_rate(task: Task, method: str, results: Path = RESULTS) -> float:
     name = RATE_OF.get(method, method)
     found = tried(task.name, name, results)
     if untried(task, found):
-        raise ConfigError(
-            f"{results / TUNING} has not all rates of {name} on {task.name}: run `tune` first."
-        )
+        raise ConfigError(f"{results / TUNING} has not all rates of {name} on {task.name}.")
     return _best(_whole(task, found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,10 +21,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import evidence
+import evidence_schedule
 from evidence_claims import claims
 from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_pool import Job, measured_all
+from evidence_schedule import Schedule, pair_of
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import front_page, in_order, tables
 from evidence_tuning import TUNED_ON, for_tuning, read_rate, tried, untried
@@ -122,28 +123,60 @@ def test_a_cell_that_fails_is_named_when_all_others_are_done(at_once: Callable[.
 
 
 def test_no_rate_is_taken_before_all_trials_are_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run `tune` first"):
+    with pytest.raises(ConfigError, match="has not all rates of lora on trec"):
         read_rate(TASKS["trec"], "lora", tmp_path)
 
 
 def test_a_cell_is_measured_again_once_its_rate_is_not_the_tuned_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(jobs: list[Job], *_: object) -> Iterator[tuple[Job, dict[str, Any]]]:
-        for job in jobs:
-            names = dict(zip(("task", "condition", "method", "seed"), job.key, strict=True))
-            asked.append(job.rate)
-            config = {"learning_rate": job.rate}
-            yield job, {**names, "config": config, "metric": 1.0, "cost": 1.0, "seconds": 1.0}
-
-    monkeypatch.setattr(evidence, "measured_all", measured)
+    asked: list[float] = []
+    monkeypatch.setattr(evidence_schedule, "Job", told(asked, lambda rate: 1.0))
+    cells = [("trec", "clean", "lora", s) for s in range(2)]
     for best, wanted in ((2e-3, [2e-3, 2e-3]), (1e-3, [1e-3, 1e-3]), (1e-3, [])):
         (tmp_path / "evidence_tuning.jsonl").unlink(missing_ok=True)
         trials(TASKS["trec"], tmp_path, lambda rate, best=best: -abs(math.log(rate / best)))
-        asked: list[float] = []
-        evidence.run([("trec", "clean", "lora", s) for s in range(2)], None, tmp_path, None)
+        asked.clear()
+        Schedule(tmp_path, [("trec", "lora")], cells).measure(None)
         assert asked == wanted
     assert len((tmp_path / "evidence.jsonl").read_text().splitlines()) == 4
+
+
+def told(asked: list[float], worth: Callable[[float], float]) -> type[Job]:
+    """Jobs that are done at once: their rate is put down, and what it is worth is the metric."""
+
+    @dataclass(frozen=True)
+    class Told(Job):
+        def line(self) -> dict[str, Any]:
+            asked.append(self.rate)
+            names = dict(zip(("task", "condition", "method", "seed"), self.key, strict=True))
+            known = {"metric": 1.0, "cost": 1.0, "seconds": 1.0, "versions": {}, "at": ""}
+            config = {"learning_rate": self.rate}
+            return {**names, **known, "config": config, "validation": worth(self.rate)}
+
+    return Told
+
+
+@pytest.mark.parametrize("at_once", [ThreadPoolExecutor, lambda _: nullcontext()])
+def test_a_cell_follows_as_soon_as_its_rate_is_known_and_no_other_waits_for_it(
+    at_once: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials(TASKS["trec"], tmp_path, lambda rate: -abs(math.log(rate / 1e-3)))  # plain LoRA's
+    asked: list[float] = []
+    job = told(asked, lambda rate: -abs(math.log(rate / 8e-3)))
+    monkeypatch.setattr(evidence_schedule, "Job", job)
+    cells = [("trec", "clean", method, 0) for method in ("eva", "oracle")]
+    with at_once(1) as pool:
+        Schedule(tmp_path, [pair_of(cell) for cell in cells], cells).measure(pool)
+    seeds = len(TUNED_ON) * TASKS["trec"].tuning_seeds
+    assert asked == [
+        *TASKS["trec"].rates * seeds, 1e-3, *[8e-3] * seeds, *[1.6e-2] * seeds, 8e-3,
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
+    assert [(each["method"], each["config"]["learning_rate"]) for each in lines] == [
+        ("oracle", 1e-3),
+        ("eva", 8e-3),
+    ]
 
 
 def test_of_a_cell_measured_again_the_last_line_counts() -> None:
