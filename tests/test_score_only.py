@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runs import causal_run, classification_run, write_rows
-from tiny_text import save_bert
+from tiny_text import CHAT_TEMPLATE, save_bert, save_llama
 from tsqlora.cleaned import check_clean, write_clean
 from tsqlora.cli import main
 from tsqlora.credibility import Credibility
@@ -36,7 +36,9 @@ from tsqlora.score_only import (
     MOST_EPOCHS,
     MOST_STEPS,
     adaptation_steps,
+    score_config,
 )
+from tsqlora.seeing import see
 
 WORDS = ("film", "is", "was", "the", "very", "one", "two", "three", "red", "blue")
 
@@ -89,6 +91,33 @@ def test_data_alone_are_scored_ranked_and_cleaned(
     lines = file.read_bytes().splitlines(keepends=True)
     kept = b"".join(line for i, line in enumerate(lines) if i not in gone)
     assert (tmp_path / "out.jsonl").read_bytes() == kept
+
+
+def test_chats_are_judged_by_a_model_as_it_is_and_plain_texts_after_an_adaptation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chance = random.Random(0)
+    rows = [
+        {name: " ".join(chance.choices(WORDS, k=5)) for name in ("instruction", "output")}
+        for _ in range(60)
+    ]
+    write_rows(tmp_path / "asked.jsonl", rows)
+    plain, chatty = save_llama(tmp_path / "plain"), save_llama(tmp_path / "chatty", CHAT_TEMPLATE)
+    adapted = score_config(see("asked.jsonl", model=plain), None, [])
+    as_it_is = score_config(see("asked.jsonl", model=chatty), None, [])
+    assert (adapted.data.chat, as_it_is.data.chat) == (False, True)
+    assert (adapted.quality.adapt_steps, as_it_is.quality.adapt_steps) == (adaptation_steps(60), 0)
+    for config in (adapted, as_it_is):
+        training = config.training
+        at_once = training["per_device_train_batch_size"]
+        assert at_once * training["gradient_accumulation_steps"] == BATCH
+    assert main(["score", "asked.jsonl", "--model", chatty, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "the model does not know the task yet" in told["verdict"]
+    assert told["likely wrong"] == 0
+    cost = json.loads(Path("runs/score-asked/metrics.json").read_text())["cost"]
+    assert cost["scoring_passes"] == len(rows), "two forwards each, and no step"
 
 
 def test_a_configuration_leaves_a_ranked_csv_and_drops_so_many_rows_as_are_asked_for(

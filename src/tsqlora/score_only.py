@@ -29,11 +29,18 @@ LARGE, LARGE_EPOCHS, MOST_STEPS = 20_000, 4, 8500
 pool's adaptation ends, though never before one epoch (benchmarks/LOG.md)."""
 BATCH, RATE, LAST_RATE = 32, 1e-3, 0.1
 """Samples a step, the learning rate, and the share of it that is left at the end."""
+AT_ONCE = {"causal-lm": 8}
+"""Of a step's samples: the logits of texts are as wide as the vocabulary, for every token."""
 
 
 def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> RunConfig:
-    """A configuration that judges the targets: long adaptation, losses alone, no gradient term."""
-    steps = adaptation_steps(seen.rows)
+    """A configuration that judges the targets: long adaptation, losses alone, no gradient term.
+
+    Of chats none: a model with a chat template can tell answers that go with any question from
+    others before it has seen these (benchmarks/LOG.md, 2026-11-27).
+    """
+    steps = 0 if seen.chosen.is_chat else adaptation_steps(seen.rows)
+    at_once = AT_ONCE.get(seen.chosen.task, BATCH)
     mapping: dict[str, Any] = {
         "model": seen.model,
         "task": seen.chosen.task,
@@ -45,8 +52,9 @@ def score_config(seen: Seen, output: str | None, overrides: Sequence[str]) -> Ru
         "quality": {"mode": "upfront", "adapt_steps": steps},
         "training": {
             "learning_rate": RATE,
-            "max_steps": math.ceil(steps * LAST_RATE / (1 - LAST_RATE)),
-            "per_device_train_batch_size": BATCH,
+            "max_steps": max(1, math.ceil(steps * LAST_RATE / (1 - LAST_RATE))),
+            "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": BATCH // at_once,
             "train_sampling_strategy": "group_by_length",
         },
         "output": output or f"runs/score-{seen.name}",
