@@ -6,6 +6,8 @@ One launch does it all, as a process takes several seconds to start.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import pytest
 from safetensors.torch import load_file
 
 from launched import Launch, launched_twice, without_dropout
-from runs import classification_run
+from runs import causal_run, classification_run
+from test_pairs import small
 from tsqlora import QualityScores
 from tsqlora.artefacts import read_json
+from tsqlora.credibility import Credibility
 from tsqlora.dynamic_rank import DynamicRank
 from tsqlora.global_batches import SPARE, GlobalBatchTrainer
 from tsqlora.pipeline import Run
@@ -29,7 +33,7 @@ KINDS = ("ddp", "fsdp")
 SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from test_parallel import noting
+from test_parallel import few_at_once, noting
 from torch.distributed.distributed_c10d import _get_default_store
 from tsqlora import cli, processes
 from tsqlora.errors import TrainingError
@@ -79,6 +83,9 @@ for kind in ("ddp", "fsdp"):
     note(f"{kind}-stopped", stopped)
     note(f"{kind}-again", train(config, resume=True))
 
+with few_at_once():
+    Run.start(home / "texts.yaml").score()
+
 note("mistake", cli.main(["train", str(home / "mistake.yaml")]))
 processes.wait()
 _get_default_store().set("tsqlora/failed", "0")
@@ -120,6 +127,20 @@ class noting:
         GlobalBatchTrainer.get_batch_samples, DynamicRank.step = self.kept  # type: ignore[method-assign]
 
 
+@contextmanager
+def few_at_once() -> Iterator[None]:
+    """Inside, texts are asked for in small blocks, and those after the first as well; credibility
+    says what each costs after another input."""
+    with pytest.MonkeyPatch.context() as patched:
+        small(patched, wrong=True)
+        patched.setattr("tsqlora.quality.from_pairs", _as_told)
+        yield
+
+
+def _as_told(own: Any, mismatched: Any) -> Credibility:
+    return Credibility(np.exp(-mismatched), 0.1, "said so")
+
+
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     home = tmp_path_factory.mktemp("parallel")
@@ -138,6 +159,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     config("failing", "failing", **half)
     config("mistake", "mistake", **{"data.text": "no such column"})
     without_dropout(home / "model")
+    (home / "of-texts").mkdir()
+    for name in ("texts-one", "texts"):
+        written = causal_run(home / "of-texts", 40, output=str(home / name))
+        written.rename(home / f"{name}.yaml")
+    with few_at_once():
+        Run.start(home / "texts-one.yaml").score()
     with noting() as alone:
         run = Run.start(one)
         run.train()
@@ -210,6 +237,16 @@ def test_a_signal_to_one_stops_all_and_they_go_on_to_the_same_bytes(
     whole, again = (launch.run(name).folder.adapter for name in (kind, f"{kind}-again"))
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_texts_asked_for_by_two_are_judged_as_by_one(launch: Launch) -> None:
+    one, two = (launch.run(name).folder for name in ("texts-one", "texts"))
+    found = [QualityScores.from_parquet(folder.scores) for folder in (one, two)]
+    assert (found[0].credibility < 1).sum() > 12, "the first block, and others"
+    for name in ("loss", "credibility"):
+        np.testing.assert_allclose(*(getattr(each, name) for each in found), rtol=0, atol=1e-6)
+    costs = [read_json(folder.metrics)["cost"]["scoring_passes"] for folder in (one, two)]
+    assert costs[0] == costs[1]
 
 
 def test_what_is_wrong_is_said_once(launch: Launch) -> None:
