@@ -10,6 +10,7 @@ import pytest
 
 from runs import causal_run
 from tsqlora.cli import main, parser
+from tsqlora.endings import readable
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,13 @@ def test_a_training_tells_metrics_before_and_after_and_what_it_cost(
         assert re.search(rf"^{name} +loss \d", told, re.MULTILINE)
     assert re.search(r"^cost +scoring \d+ s and \d+ sample passes, training \d+ s", told, re.M)
     assert "version" not in told
+
+
+def test_every_value_takes_one_line_whatever_is_in_it() -> None:
+    said = readable({"text": "{question}\n{context}", "cost": {"passes": 0.5, "kept": "a\nb"}})
+    assert said.splitlines() == [
+        r"text: {question}\n{context}",
+        "cost:",
+        "  passes: 0.5",
+        r"  kept: a\nb",
+    ]

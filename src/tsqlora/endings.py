@@ -43,7 +43,7 @@ def readable(result: Mapping[str, Any], indent: str = "") -> str:
             lines += [f"{indent}{key}:", readable(value, indent + "  ")]
         else:
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            lines.append(f"{indent}{key}: {shown}")
+            lines.append(f"{indent}{key}: {shown}".replace("\n", "\\n"))
     return "\n".join(lines)
 
 

@@ -117,7 +117,9 @@ def _about_task(seen: Seen) -> str:
 
 def _about_text(data: Mapping[str, Any]) -> str:
     if "chat" in data:
-        return "a chat: text asks, target answers, by the model's template; chat: false for neither"
+        return (
+            "a chat by the model's template: text asks, target answers; chat: false for plain text"
+        )
     return "a chat" if "messages" in data else "text that goes on"
 
 
