@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 import tiny_text as tiny
 from tiny import KINDS, tiny_model
 from tsqlora.base_task import Task
+from tsqlora.config import DataConfig
 from tsqlora.errors import DataError
 from tsqlora.losses import IGNORED, infer_kind, sample_losses
+from tsqlora.model_card import prompt_line
 from tsqlora.tasks import make_task
 
 TEXTS = ["a good film", "bad", "the film was not very good", "dull dull dull one two"]
@@ -297,3 +299,20 @@ def test_g2p_targets_are_what_the_real_model_was_trained_on(shared: Path) -> Non
     wanted = batch["labels"]
     assert torch.equal(predicted[wanted != IGNORED], wanted[wanted != IGNORED])
     assert task.limit == 64
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"text": "review"}, 'Input: `"review"`.'),
+        ({"text": ("a", "b")}, 'Input: `"a"` and `"b"`, as a pair.'),
+        ({"text": "{q}\n", "target": "t"}, r'Input: `"{q}\n"`.'),
+        (
+            {"text": "{q}", "target": "t", "chat": True},
+            "Input: `\"{q}\"` as the user's turn, by the tokenizer's chat template.",
+        ),
+        ({"messages": "m"}, "Input: the turns of a chat, by the tokenizer's chat template."),
+    ],
+)
+def test_the_card_of_an_adapter_says_what_it_was_given(data: dict[str, Any], said: str) -> None:
+    assert prompt_line(DataConfig("train.jsonl", **data)) == said

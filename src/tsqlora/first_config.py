@@ -117,9 +117,7 @@ def _about_task(seen: Seen) -> str:
 
 def _about_text(data: Mapping[str, Any]) -> str:
     if "chat" in data:
-        return (
-            "a chat by the model's template: text asks, target answers; or chat: false"
-        )
+        return "a chat by the model's template: text asks, target answers; or chat: false"
     return "a chat" if "messages" in data else "text that goes on"
 
 

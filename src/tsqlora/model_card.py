@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from tsqlora.config import RunConfig
+from tsqlora.config import DataConfig, RunConfig
 from tsqlora.credibility import drawable
 from tsqlora.quality import QualityScores
 from tsqlora.tasks import Task
@@ -34,6 +35,8 @@ model = model.merge_and_unload()  # optional: a plain model, as fast as the base
 ```
 
 PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export RUN --format padded`.
+
+{prompt}
 {labels}"""
 
 
@@ -47,6 +50,17 @@ def dropped_line(scores: Path) -> str:
     return f"\n{left if count else 'None of its samples was left out'}: {found.verdict}.\n"
 
 
+def prompt_line(data: DataConfig) -> str:
+    """What the model was given as input, and has to be given again."""
+    if data.messages is not None:
+        return "Input: the turns of a chat, by the tokenizer's chat template."
+    specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
+    said = " and ".join(f"`{json.dumps(spec, ensure_ascii=False)}`" for spec in specs)
+    if data.chat:
+        return f"Input: {said} as the user's turn, by the tokenizer's chat template."
+    return f"Input: {said}{', as a pair' * (len(specs) > 1)}."
+
+
 def model_card(config: RunConfig, task: Task, dropped: str = "") -> str:
     """The card's text; `dropped` as `dropped_line` says it."""
     heads = f", num_labels={max(len(task.labels), 1)}" if task.peft_task_type == "SEQ_CLS" else ""
@@ -58,5 +72,6 @@ def model_card(config: RunConfig, task: Task, dropped: str = "") -> str:
         loader=_LOADERS[task.peft_task_type],
         heads=heads,
         dropped=dropped,
+        prompt=prompt_line(config.data),
         labels="\nLabels: " + ", ".join(labels) + ".\n" if labels else "",
     )
