@@ -298,10 +298,12 @@ def test_instructions_and_answers_are_a_chat_where_the_model_has_a_template(tmp_
     suggested = see(file)
     assert suggested.model.endswith("-Instruct")
     assert suggested.chosen.data == chat
-    assert see(file, task="classification", target="category").chosen.data.keys() == {
-        "text",
-        "target",
-    }
+    labelled_too = see(file, task="classification", target="category").chosen.data
+    assert labelled_too.keys() == {"text", "target"}
+    foreign = [{"prompt": f"что это {i} {said(c)}", "completion": "это не то" * (i + 1)} for i, c in
+               enumerate(map(random.Random, range(40)))]  # fmt: skip
+    other = see(str(write_rows(tmp_path / "foreign.jsonl", foreign)))
+    assert other.model == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 @pytest.mark.parametrize("make", [instructed, chatted])
