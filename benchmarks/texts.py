@@ -6,8 +6,8 @@
     python benchmarks/texts.py tables                          # Markdown of results/texts.jsonl
 
 Rows of ../shared are drawn by the seed and `tsqlora score` sees the file alone, with its own choice
-of columns and adaptation (none of a model with a chat template). On two CPU cores, other work
-beside, SmolLM2 takes seven to thirteen minutes.
+of columns and adaptation (none of a model with a chat template). On two CPU cores SmolLM2 takes
+three to ten minutes.
 """
 
 from __future__ import annotations

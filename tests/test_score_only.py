@@ -291,5 +291,6 @@ def test_a_text_that_looks_wrong_is_said_to_go_with_other_inputs(
     assert main(["score", str(config)]) == 0
     first, *_, last = ranked(tmp_path / "run")
     assert first["likely_wrong"] == "yes"
-    assert first["why"].endswith(": it goes with other inputs as well")
+    told = f"right with probability {float(first['credibility']):.2f}"
+    assert first["why"].endswith(f"{told}: it goes with other inputs as well")
     assert "inputs" not in last["why"]

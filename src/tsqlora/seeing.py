@@ -108,10 +108,11 @@ def see(
     suggested = model or _suggested(chosen, len(dataset), texts)
     here = model is not None or Path(suggested).is_dir()
     tokenizer = load_tokenizer(suggested, "model") if here else None
-    if suggested in INSTRUCTED or (tokenizer is not None and tokenizer.chat_template):
+    chatty = tokenizer if tokenizer is not None and tokenizer.chat_template else None
+    if chatty is not None or suggested in INSTRUCTED:
         chosen = _as_chat(chosen, text is not None)
-    if chosen.is_chat and tokenizer is not None and tokenizer.chat_template:
-        texts = templated(seen_rows, chosen, tokenizer)
+    if chatty is not None and chosen.is_chat:
+        texts = templated(seen_rows, chosen, chatty)
     lengths, counted = lengths_of(texts, chosen, tokenizer)
     notes = _notes(columns, chosen, dataset)
     if suggested in MODELS["seq2seq"] and _foreign(texts):
