@@ -44,7 +44,7 @@ class Schedule:
         differ by the day.
         """
         queue = [job for pair in self.pairs for job in self._trials(pair)]
-        left = Counter(_pair(job) for job in queue)
+        left = Counter(pair_of(job.key) for job in queue)
         queue += self._cells(pair for pair in self.pairs if not left[pair])
         seconds = dict[Key, float]()
         for job, line in measured_all(queue, pool, "cells"):
@@ -52,7 +52,7 @@ class Schedule:
                 self._keep_cell(job, line, seconds)
                 continue
             self._keep_trial(job, line)
-            left[pair := _pair(job)] -= 1
+            left[pair := pair_of(job.key)] -= 1
             if not left[pair]:
                 more = self._trials(pair)
                 left[pair] = len(more)
@@ -93,7 +93,3 @@ class Schedule:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.results / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _pair(job: Job) -> Pair:
-    return pair_of(job.key)
