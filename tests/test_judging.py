@@ -123,7 +123,7 @@ def test_labels_are_heeded_from_the_second_epoch_on_and_unknown_ones_stand() -> 
     st.lists(st.tuples(st.dictionaries(st.integers(0, 5), st.floats(0, 1)), st.booleans()),
              max_size=6)
 )  # fmt: skip
-def test_draws_go_by_the_last_verdict_on_a_label_and_users_are_told_the_mean_after_the_first(
+def test_draws_go_by_the_first_verdict_after_the_first_window_and_users_are_told_the_mean_of_all(
     windows: list[tuple[dict[int, float], bool]],
 ) -> None:
     judge = LabelVerdicts(6)
@@ -139,9 +139,9 @@ def test_draws_go_by_the_last_verdict_on_a_label_and_users_are_told_the_mean_aft
                 (w, found[i]) for w, (found, known) in enumerate(windows) if known and i in found
             ]
             later = [c for w, c in said if w > 0]
-            last = said[-1][1] if said else 1.0
-            assert of.heeded[i] == (last if len(windows) > 1 else 1.0)
-            assert of.told[i] == pytest.approx(np.mean(later) if later else last)
+            first = (later or [c for _, c in said] or [1.0])[0]
+            assert of.heeded[i] == (first if len(windows) > 1 else 1.0)
+            assert of.told[i] == pytest.approx(np.mean(later) if later else first)
             assert of.judged[i] == bool(said)
 
 

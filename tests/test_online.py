@@ -170,14 +170,16 @@ def test_those_never_drawn_have_the_highest_score_and_nothing_else() -> None:
     assert found.selected.sum() == 6
 
 
-def test_labels_are_judged_by_the_outputs_of_their_own_visits() -> None:
-    random, count = np.random.default_rng(0), 600
-    true, wrong = random.integers(0, 4, count), np.arange(count) < 120
-    label = np.where(wrong, (true + random.integers(1, 4, count)) % 4, true)
-    output = random.normal(0, 1, (count, 4)).astype(np.float32)
-    output[np.arange(count), true] += 4
-    loss = np.log(np.exp(output).sum(1)) - output[np.arange(count), label]
-    order = random.permutation(count)
+def fifth_wrong(count: int, among: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Visits of a model that knows four classes, to so many of a pool of `among`, of which the
+    first fifth has wrong labels; and which of the pool those are."""
+    random = np.random.default_rng(0)
+    true, wrong = random.integers(0, 4, among), np.arange(among) < among // 5
+    label = np.where(wrong, (true + random.integers(1, 4, among)) % 4, true)
+    output = random.normal(0, 1, (among, 4)).astype(np.float32)
+    output[np.arange(among), true] += 4
+    loss = np.log(np.exp(output).sum(1)) - output[np.arange(among), label]
+    order = random.permutation(among)[:count]
     columns = {
         "position": order,
         "loss": loss.astype(np.float32)[order],
@@ -185,19 +187,46 @@ def test_labels_are_judged_by_the_outputs_of_their_own_visits() -> None:
         "label": label[order],
         "output": output[order],
     }
-    quality = QualityConfig(mode="online", weights=QualityWeights(0.0, 0.0, 0.0))
-    rows, visits = Dataset.from_dict({"id": np.arange(count)}), Visits(count)
+    return columns, wrong
+
+
+def online_scorer(samples: int, fraction: float = 1.0) -> OnlineScorer:
+    nothing = QualityWeights(0.0, 0.0, 0.0)
+    quality = QualityConfig(mode="online", weights=nothing, fraction=fraction)
+    rows = Dataset.from_dict({"id": np.arange(samples)})
+    return OnlineScorer(Scorer(collate, quality), rows, CLASSIFICATION)
+
+
+def test_labels_are_judged_by_the_outputs_of_their_own_visits() -> None:
+    visits, scorer = Visits(600), online_scorer(600)
+    columns, wrong = fifth_wrong(600, 600)
     visits.add(0, columns)
     visits.settle()
-    scorer = OnlineScorer(Scorer(collate, quality), rows, CLASSIFICATION)
     model = with_lora(tiny_model("bert"), "classification")
-    assert not scorer.window_is_over(count - 1)
-    assert scorer.window_is_over(count)
+    assert not scorer.window_is_over(599)
+    assert scorer.window_is_over(600)
     scorer.close_window(visits, model)
     found = scorer.scores(visits, model)
     assert found.wrong_share == pytest.approx(0.2, abs=0.04)
     assert found.verdict.startswith("about 2")
     assert found.credibility[wrong].mean() < 0.2 < 0.9 < found.credibility[~wrong].mean()
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("samples", [300, 700])
+def test_every_epoch_of_a_small_pool_is_judged_though_a_few_were_not_in_it(
+    samples: int, fraction: float
+) -> None:
+    """Near-duplicates leave each other out of a round; of a few rows nothing is said."""
+    scorer, model = online_scorer(samples, fraction), with_lora(tiny_model("bert"), CLASSIFICATION)
+    epoch = round(fraction * samples)
+    for visited, windows in ((epoch // 4, 0), (epoch - epoch // 50, 1)):
+        visits = Visits(samples)
+        visits.add(0, fifth_wrong(visited, samples)[0])
+        visits.settle()
+        scorer.close_window(visits, model)
+        assert scorer.judge.windows == windows
+    assert scorer.judge.judged.sum() == visited
 
 
 def online_run(folder: Path, **changes: Any) -> Path:

@@ -15,11 +15,11 @@ one, bit for bit.
 
 Hard classes and numbers look like wrong ones until they are learnt, and a model that never learns
 them grows surer of what it believes. There a window is a whole epoch, the first is not acted on,
-and a doubted sample is drawn less from then on, in one round of twenty at least; no loss is
-weighed. If that first epoch, of samples not trained on before but for the first steps, looks like
-the null, what is known later may be known by heart, the samples and not the task, and nothing is
-judged. Judged at every step instead, a model that knows nothing yet passes the guards of
-`credibility.py` by chance and collapses (all in benchmarks/LOG.md).
+and a sample doubted in the next is drawn less from then on, in one round of twenty at least; no
+loss is weighed. That verdict stands, as what is trained on is known by heart later. If already the
+first epoch looks like the null, only samples and not the task may be learnt, and nothing is judged.
+Judged at every step instead, a model that knows nothing yet passes the guards of `credibility.py`
+by chance and collapses (all in benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -144,10 +144,9 @@ class Verdicts:
 class LabelVerdicts(Verdicts):
     """Of classes and numbers, judged once an epoch.
 
-    Draws go by the last verdict on a sample, users are told the mean of all but those of the first
-    window. Once the doubted are hardly drawn, a window in which little looks wrong clears what it
-    still holds of them, while a label that was trained on costs less each time: the last verdicts
-    tell wrong from sound worse from window to window, their mean does not (benchmarks/LOG.md).
+    Draws go by the first verdict on a sample after the first window (that window's, if it comes in
+    no other), users are told the mean of all after it: any label trained on costs less each time,
+    and a window in which few look wrong, as the doubted are hardly drawn, clears those it holds.
 
     Attributes:
         random: ρ of the pool beside trusted rows (`trusted.random_share`), NaN where not known.
@@ -209,7 +208,8 @@ class LabelVerdicts(Verdicts):
         if self.windows == 1:
             self.at_first = found.like_null
         if found.known and (self.random > 0 or not self.by_heart):
-            self.credibility[positions], self.judged[positions] = found.values, True
+            new = self.times[positions] == 0
+            self.credibility[positions[new]], self.judged[positions] = found.values[new], True
             if self.windows > 1:
                 self.total[positions] += found.values
                 self.times[positions] += 1

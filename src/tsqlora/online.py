@@ -112,8 +112,11 @@ class OnlineScorer:
         return True
 
     def close_window(self, visits: Visits, model: nn.Module) -> None:
-        """Judge what was visited since the last time, once it is enough; alike in all processes."""
-        least = min(LEAST, len(self.rows)) if self.kind in FREE else ENOUGH
+        """Judge what was visited since the last time, once it is enough; alike in all processes.
+
+        Of a small pool's labels a half is, as near-duplicates leave each other out of a round.
+        """
+        least = min(LEAST, self._window(0) // 2) if self.kind in FREE else ENOUGH
         taken = visits.take_window(least)
         if taken is None:
             return
