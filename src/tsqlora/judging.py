@@ -86,7 +86,7 @@ class Verdicts:
     """What is thought of N samples so far.
 
     Attributes:
-        credibility: c_i of the window that i was last visited in (N), 1 before.
+        credibility: c_i of the window that i is judged by (N), 1 before.
         judged: which samples a window has judged (N).
         windows: how many have ended.
         lowest: the least part of the rounds that a doubted sample is in.
