@@ -341,9 +341,9 @@ def inclusion(credibility: Floats, duplicates: Ints, lowest: float = LOWEST) -> 
     """How likely each sample is in a round of the draw (N): q_i = d_i / max(1, Σ_{j ~ i} d_j).
 
     d_i is 1 where the sample may be drawn (`credibility.drawable`), else c_i / 2 or w₀ (`lowest`)
-    where that is more, so that it comes back now and then and may be judged again. The sum is over
-    its group of near-duplicates, so that a group counts as one sample, and a wrong copy hands its
-    part to the others.
+    where that is more, so that it comes back now and then, in generation to a new verdict. The sum
+    is over its group of near-duplicates, so that a group counts as one sample, and a wrong copy
+    hands its part to the others.
     """
     wanted = np.where(drawable(credibility), 1.0, np.maximum(COMEBACK * credibility, lowest))
     total = np.bincount(duplicates, weights=wanted)[duplicates]
