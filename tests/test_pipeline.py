@@ -128,6 +128,19 @@ def test_the_best_checkpoint_brings_its_ranks_and_the_record_says_so(tmp_path: P
     assert moves[-2] != moves[-1]
 
 
+def test_the_checkpoint_of_the_best_accuracy_is_kept_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    keys |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    keys |= {"learning_rate": 0.03}
+    run = train(classification_run(tmp_path, **{f"training.{k}": v for k, v in keys.items()}))
+    log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+    curve = [line["eval_accuracy"] for line in log if "eval_accuracy" in line]
+    kept = json.loads((run / "metrics.json").read_text())["validation"]["accuracy"]
+    assert kept == max(curve) > min(curve)
+
+
 def test_a_broken_state_of_the_adapted_model_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

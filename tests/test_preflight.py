@@ -22,7 +22,6 @@ EARLY: list[tuple[dict[str, Any], list[str]]] = [
     ({"training.eval_strategy": "epoch", "data.validation": None}, ["training", "eval_dataset"]),
     ({"training.report_to": "nonsense"}, ["training", "nonsense"]),
     ({"training.train_sampling_strategy": "sequential"}, ["train_sampling_strategy", "draws"]),
-    ({"training.metric_for_best_model": "accuracy"}, ["accuracy", "eval_loss"]),
     (
         {"training.dataloader_drop_last": True, "training.per_device_train_batch_size": 99},
         ["60 samples", "batch of 99"],
@@ -59,6 +58,17 @@ def test_what_cannot_be_compacted_is_refused_before_anything(
     said = capsys.readouterr().err
     assert f"training.{key}" in said
     assert "ranks.compact" in said
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_the_best_checkpoint_is_told_by_what_is_measured_while_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = classification_run(tmp_path, **{"training.metric_for_best_model": "bleu"})
+    assert main(["train", str(config)]) == 2
+    assert "bleu is not measured while training; use one of loss, accuracy, f1" in (
+        capsys.readouterr().err
+    )
     assert not list((tmp_path / "run").glob("*"))
 
 

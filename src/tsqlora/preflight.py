@@ -14,11 +14,11 @@ from transformers import Trainer
 from tsqlora import processes
 from tsqlora.allocation import check_ranks
 from tsqlora.batches import Collator, Pool, evaluating
-from tsqlora.config import QualityWeights, RunConfig
+from tsqlora.config import METRICS, QualityWeights, RunConfig
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.inputs import Splits
 from tsqlora.lora_layers import lora_modules
-from tsqlora.losses import target_lengths
+from tsqlora.losses import CLASSIFICATION, REGRESSION, target_lengths
 from tsqlora.online_training import refuse_shards
 from tsqlora.per_sample_grads import PROBED, separable
 from tsqlora.quantized import Quantization
@@ -53,6 +53,19 @@ def check_config(config: RunConfig) -> None:
         )
     if config.ranks.compact:
         _check_compactable(config)
+    _check_best_metric(config)
+
+
+def _check_best_metric(config: RunConfig) -> None:
+    """What a Trainer measures as it trains: the loss, and what costs no more (`in_training`)."""
+    asked, measured = config.training.get("metric_for_best_model"), ["loss"]
+    if config.task in (CLASSIFICATION, REGRESSION):
+        measured += config.metrics or METRICS[config.task]
+    if asked is not None and str(asked).removeprefix("eval_") not in measured:
+        raise ConfigError(
+            f"training.metric_for_best_model: {asked} is not measured while training; use one of "
+            f"{', '.join(measured)}, or leave it out."
+        )
 
 
 def _check_compactable(config: RunConfig) -> None:

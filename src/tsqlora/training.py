@@ -118,11 +118,6 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
             "training.save_only_model leaves out what --resume needs; for no checkpoints at all "
             "use save_strategy: 'no'."
         )
-    if arguments.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise ConfigError(
-            f"training.metric_for_best_model: {arguments.metric_for_best_model} is not measured "
-            "while training; use eval_loss, or leave it out."
-        )
     return arguments
 
 
