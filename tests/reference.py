@@ -239,3 +239,18 @@ def looped_mirror(pairs: list[tuple[float, float]]) -> list[float]:
         share = min(share, 0.5)
         found[i] = 1 - share / (1 - share) if t[i] < 0 else 0.0
     return found
+
+
+def looped_early_loss(visits: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """3 log(1 - <t, p>) of samples at their last visit, from the logits of all their visits."""
+    found = []
+    for logits in visits:
+        belief = [0.0] * len(logits[0])
+        for one in logits:
+            raised = [math.exp(z - max(one)) for z in one]
+            p = [min(max(e / sum(raised), 1e-4), 1 - 1e-4) for e in raised]
+            p = [each / sum(p) for each in p]
+            belief = [0.7 * t + 0.3 * each for t, each in zip(belief, p, strict=True)]
+        agreed = sum(t * each for t, each in zip(belief, p, strict=True))
+        found.append(3 * math.log(1 - agreed) if len(logits) > 3 else 0.0)
+    return found

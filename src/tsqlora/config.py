@@ -119,6 +119,8 @@ class QualityConfig:
 
     `duplicates: once` lets a group of near-duplicates be drawn as one sample, and `rare_classes:
     raised` a class of few samples more often, at most four times (`rare_classes.py`; mode online).
+    `early_learning` holds a classifier to what it predicted early, from the fourth epoch on, so
+    that wrong labels are not learnt by heart (`early_learning.py`; mode online).
     """
 
     fraction: _Share = None  # type: ignore[assignment]  # by the mode, once it is known
@@ -133,6 +135,7 @@ class QualityConfig:
     batch_size: Literal["auto"] | _Count | None = None
     duplicates: Literal["once", "all"] = "once"
     rare_classes: Literal["raised", "as_found"] = "raised"
+    early_learning: bool = True
 
     def __post_init__(self) -> None:
         if self.preset == "paper" and self.weights == QualityWeights():

@@ -20,10 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tsqlora import processes
 from tsqlora.artefacts import atomic_file
 from tsqlora.cost import scored_inside
+from tsqlora.early_learning import VISITS, beliefs, early_loss
 from tsqlora.errors import ConfigError, TrainingError
 from tsqlora.global_batches import SPARE
 from tsqlora.judging import Judge
-from tsqlora.losses import sample_losses, target_lengths
+from tsqlora.losses import CLASSIFICATION, sample_losses, target_lengths
 from tsqlora.measuring import as_numpy
 from tsqlora.null import FREE
 from tsqlora.online import OnlineScorer, first_of
@@ -38,6 +39,7 @@ from tsqlora.training import PoolTrainer
 from tsqlora.visits import POSITION, Visits
 
 STATE_FILE = "online.safetensors"
+BELIEF = "belief"
 REPORTED = "reported/"
 
 
@@ -173,12 +175,35 @@ class OnlineTrainer(PoolTrainer):
             losses = sample_losses(self.kind, logits.detach(), labels)
             credit = self._credited(positions, logits, losses)
             columns = self._columns(positions, labels, losses, logits.detach())
+            if self._believes:
+                before = self._believed(positions, logits)
+                columns[BELIEF] = beliefs(before, logits)
+                loss = loss + self._unseen(early_loss(before, logits).sum())
             self._batch = _Batch(columns, credit)
             if self.recorder:
                 shares = self._weights(labels, losses, logits.detach(), loss.detach())
                 self._batch.weights = credit * shares
                 loss.register_hook(self._batch.scaled)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _believes(self) -> bool:
+        """Whether samples are held to what was believed of them early."""
+        asked = self.scoring.scorer.quality.early_learning
+        epochs: int = self.state.num_train_epochs
+        return asked and self.kind == CLASSIFICATION and not self.recorder and epochs > VISITS
+
+    def _believed(self, positions: Tensor, logits: Tensor) -> Tensor:
+        """t_i (n, C) of the epochs before."""
+        found = self.visits.last_of(BELIEF, as_numpy(positions))
+        if found is None:
+            return torch.zeros_like(logits, dtype=torch.float32)
+        return torch.as_tensor(found, device=logits.device)
+
+    def _unseen(self, added: Tensor) -> Tensor:
+        """What is added to a loss for its gradient: as a share of the step's targets, worth 0."""
+        over = self._targets / (self.current_gradient_accumulation_steps * processes.count())
+        return (added - added.detach()) / max(over, 1.0)
 
     def _credited(self, positions: Tensor, logits: Tensor, losses: Tensor) -> Tensor:
         """w_i (n), by which each sample's gradient is multiplied on its way from the loss."""

@@ -72,6 +72,10 @@ class Visits:
         """The same at once."""
         yield np.arange(len(self.seen)), self._columns[name][self.seen]
 
+    def last_of(self, name: str, positions: np.ndarray) -> np.ndarray | None:
+        """A column of some positions as it has settled, 0 where never seen; None if none has."""
+        return self._columns[name][positions] if name in self._columns else None
+
     def take_window(self, least: int) -> tuple[np.ndarray, Window] | None:
         """The positions visited since the last time, in the pool's order, and what was measured.
 
