@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from launched import TWO_PROCESSES
 from reference import looped_early_loss
 from runs import classification_run
 from test_online import assert_same_bytes, killed, trainer_of  # noqa: F401  killed is a fixture
@@ -111,12 +116,42 @@ def test_accumulated_batches_are_held_as_one_of_their_size_is(tmp_path: Path) ->
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulated,
         )
-        trainer.train()
-        found.append(
-            torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-        )
+        found.append(trained(trainer))
     for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(other, found[0], rtol=1e-3, atol=1e-5)
+
+
+def trained(trainer: OnlineTrainer) -> list[float]:
+    """All trained weights after a whole training."""
+    trainer.train()
+    weights = (p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad)
+    return torch.cat(list(weights)).tolist()
+
+
+def test_two_processes_hold_to_what_both_have_seen(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_early_learning import labels_alone, trained
+from tsqlora import processes
+processes.join()
+folder = Path({str(tmp_path)!r})
+trainer = labels_alone(folder / "two", True, num_train_epochs=5, per_device_train_batch_size=2)
+(folder / f"{{processes.index()}}.json").write_text(json.dumps(trained(trainer)))
+"""
+    )
+    command = [sys.executable, *TWO_PROCESSES, str(script)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    alone = trained(labels_alone(tmp_path / "one", True, num_train_epochs=5))
+    plain = trained(labels_alone(tmp_path / "plain", False, num_train_epochs=5))
+    np.testing.assert_allclose(first, alone, rtol=1e-3, atol=1e-5)
+    assert not np.allclose(plain, alone, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [14, 18])
