@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from launched import TWO_PROCESSES
+from launched import found_by_two
 from reference import looped_early_loss
 from runs import classification_run
 from test_online import assert_same_bytes, killed, trainer_of  # noqa: F401  killed is a fixture
@@ -35,10 +32,10 @@ def test_the_loss_is_that_of_a_loop_over_samples_and_visits(data: st.DataObject)
     one = st.lists(NUMBERS, min_size=classes, max_size=classes)
     drawn = data.draw(st.lists(st.lists(one, min_size=visits, max_size=visits), min_size=1))
     logits = torch.tensor(drawn).transpose(0, 1)
-    before = torch.zeros_like(logits[0])
-    for earlier in logits[:-1]:
-        before = beliefs(before, earlier)
-    found = early_loss(before, logits[-1])
+    believed = torch.zeros_like(logits[0])
+    for visit in logits:
+        believed = beliefs(believed, visit)
+    found = early_loss(believed, logits[-1])
     assert found.tolist() == pytest.approx(looped_early_loss(drawn), rel=1e-3, abs=1e-4)
 
 
@@ -54,8 +51,8 @@ def test_the_gradient_holds_the_prediction_to_the_belief_where_the_label_is_anot
     """λ p (<t, p> - t) / (1 - <t, p>), against which the cross-entropy's p - y is small."""
     before = after(4, torch.tensor([[3.0, 0.0, -1.0]]))
     logits = torch.tensor([[2.0, 0.5, 0.0]], requires_grad=True)
-    early_loss(before, logits).sum().backward()
     p, t = logits.detach().softmax(-1), beliefs(before, logits)
+    early_loss(t, logits).sum().backward()
     agreed = (t * p).sum(-1, keepdim=True)
     expected = STRENGTH * p * (agreed - t) / (1 - agreed)
     torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=1e-6)
@@ -70,7 +67,7 @@ def test_beliefs_are_kept_by_seven_tenths_and_held_to_after_three_visits() -> No
     for visits in range(6):
         before = after(visits, logits)
         assert before.sum().item() == pytest.approx(1 - KEPT**visits, abs=1e-6)
-        assert bool(early_loss(before, logits)) == (visits >= 3)
+        assert bool(early_loss(beliefs(before, logits), logits)) == (visits >= 3)
 
 
 def labels_alone(folder: Path, early: bool, **settings: Any) -> OnlineTrainer:
@@ -129,24 +126,11 @@ def trained(trainer: OnlineTrainer) -> list[float]:
 
 
 def test_two_processes_hold_to_what_both_have_seen(tmp_path: Path) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(
-        f"""
-import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from test_early_learning import labels_alone, trained
-from tsqlora import processes
-processes.join()
-folder = Path({str(tmp_path)!r})
-trainer = labels_alone(folder / "two", True, num_train_epochs=5, per_device_train_batch_size=2)
-(folder / f"{{processes.index()}}.json").write_text(json.dumps(trained(trainer)))
-"""
+    first, second = found_by_two(
+        tmp_path,
+        "from test_early_learning import labels_alone, trained",
+        "trained(labels_alone(folder, True, num_train_epochs=5, per_device_train_batch_size=2))",
     )
-    command = [sys.executable, *TWO_PROCESSES, str(script)]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
     assert first == second
     alone = trained(labels_alone(tmp_path / "one", True, num_train_epochs=5))
     plain = trained(labels_alone(tmp_path / "plain", False, num_train_epochs=5))

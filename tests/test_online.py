@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from datasets import Dataset
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
-from launched import TWO_PROCESSES
+from launched import found_by_two
 from reference import looped_gradients, loss_of, one_by_one
 from runs import causal_run, classification_run, seq2seq_run
 from test_per_sample_grads import checkpointed
@@ -349,25 +347,12 @@ def found_by(trainer: PoolTrainer) -> list[list[float]]:
 
 
 def test_two_processes_record_together_and_draw_the_same(tmp_path: Path) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(
-        f"""
-import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from test_online import found_by, trainer_of
-from tsqlora import processes
-processes.join()
-folder = Path({str(tmp_path)!r})
-trainer = trainer_of("bert", folder / "two", True, num_train_epochs=2,
-                     per_device_train_batch_size=2)
-(folder / f"{{processes.index()}}.json").write_text(json.dumps(found_by(trainer)))
-"""
+    first, second = found_by_two(
+        tmp_path,
+        "from test_online import found_by, trainer_of",
+        'found_by(trainer_of("bert", folder, True, num_train_epochs=2, '
+        "per_device_train_batch_size=2))",
     )
-    command = [sys.executable, *TWO_PROCESSES, str(script)]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
     assert first == second
     alone = found_by(trainer_of("bert", tmp_path / "one", True, num_train_epochs=2))
     for one, two in zip(alone, first, strict=True):

@@ -120,7 +120,7 @@ class QualityConfig:
     `duplicates: once` lets a group of near-duplicates be drawn as one sample, and `rare_classes:
     raised` a class of few samples more often, at most four times (`rare_classes.py`; mode online).
     `early_learning` holds a classifier to what it predicted early, from the fourth epoch on, so
-    that wrong labels are not learnt by heart (`early_learning.py`; mode online).
+    that wrong labels are not learnt by heart (`early_learning.py`; mode online without `weights`).
     """
 
     fraction: _Share = None  # type: ignore[assignment]  # by the mode, once it is known

@@ -29,7 +29,7 @@ VISITS = 3
 """After so many a belief is held to."""
 LEAST = 1e-4
 """No probability is taken to be smaller, so that the logarithm is finite."""
-_ENOUGH = 1 - KEPT ** (VISITS - 0.5)
+_ENOUGH = 1 - KEPT ** (VISITS + 0.5)
 """Beliefs of k visits sum to 1 - βᵏ."""
 
 
@@ -38,12 +38,12 @@ def beliefs(before: Tensor, logits: Tensor) -> Tensor:
     return KEPT * before + (1 - KEPT) * _probabilities(logits.detach())
 
 
-def early_loss(before: Tensor, logits: Tensor) -> Tensor:
-    """λ log(1 - ⟨t_i, p_i⟩) of each sample (n), t_i with this visit in; 0 of those with fewer than
-    `VISITS` before.
+def early_loss(believed: Tensor, logits: Tensor) -> Tensor:
+    """λ log(1 - ⟨t_i, p_i⟩) of each sample (n), t_i (n, C) with this visit in; 0 of those with
+    fewer than `VISITS` before.
     """
-    agreed = (beliefs(before, logits) * _probabilities(logits)).sum(-1)
-    return STRENGTH * torch.log1p(-agreed) * (before.sum(-1) > _ENOUGH)
+    agreed = (believed * _probabilities(logits)).sum(-1)
+    return STRENGTH * torch.log1p(-agreed) * (believed.sum(-1) > _ENOUGH)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

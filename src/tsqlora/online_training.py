@@ -176,9 +176,10 @@ class OnlineTrainer(PoolTrainer):
             credit = self._credited(positions, logits, losses)
             columns = self._columns(positions, labels, losses, logits.detach())
             if self._believes:
-                before = self._believed(positions, logits)
-                columns[BELIEF] = beliefs(before, logits)
-                loss = loss + self._unseen(early_loss(before, logits).sum())
+                believed = beliefs(self._believed(positions, logits), logits)
+                columns[BELIEF] = believed
+                held = early_loss(believed, logits).sum() / self._averaged_over
+                loss = loss + (held - held.detach())  # for its gradient; what is logged stays
             self._batch = _Batch(columns, credit)
             if self.recorder:
                 shares = self._weights(labels, losses, logits.detach(), loss.detach())
@@ -200,10 +201,11 @@ class OnlineTrainer(PoolTrainer):
             return torch.zeros_like(logits, dtype=torch.float32)
         return torch.as_tensor(found, device=logits.device)
 
-    def _unseen(self, added: Tensor) -> Tensor:
-        """What is added to a loss for its gradient: as a share of the step's targets, worth 0."""
-        over = self._targets / (self.current_gradient_accumulation_steps * processes.count())
-        return (added - added.detach()) / max(over, 1.0)
+    @property
+    def _averaged_over(self) -> float:
+        """What a batch's sum is divided by to be its part of the step's mean, as the gradients of
+        batches and processes are averaged after."""
+        return self._targets / (self.current_gradient_accumulation_steps * processes.count())
 
     def _credited(self, positions: Tensor, logits: Tensor, losses: Tensor) -> Tensor:
         """w_i (n), by which each sample's gradient is multiplied on its way from the loss."""
@@ -231,8 +233,7 @@ class OnlineTrainer(PoolTrainer):
         total, smoothing = (losses * lengths).sum(), self.args.label_smoothing_factor
         if smoothing:
             total = summed_loss(self.kind, logits, labels, smoothing)
-        over = self._targets / (self.current_gradient_accumulation_steps * processes.count())
-        return sample_weights(lengths, total, loss, over)
+        return sample_weights(lengths, total, loss, self._averaged_over)
 
 
 def pool_trainer(scorer: Scorer, trusted: int) -> Callable[..., PoolTrainer]:
