@@ -15,7 +15,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    TrainingArguments,
+    get_scheduler,
+)
 
 from runs import classification_run
 from tsqlora import QualityScores, RankPlan, checkpoints, train
@@ -24,6 +28,7 @@ from tsqlora.cli import main
 from tsqlora.config import AdapterConfig, RunConfig
 from tsqlora.interruption import SIGNALS
 from tsqlora.pipeline import Run
+from tsqlora.training import training_arguments
 from tsqlora.two_parts import first_steps
 
 
@@ -202,3 +207,32 @@ def test_a_new_head_learns_for_a_tenth_of_the_steps_before_layers_are_measured(
     assert first_steps(generates, 120).steps == 0
     goes_on = dataclasses.replace(config, adapter=AdapterConfig(init="a"))
     assert first_steps(goes_on, 120).steps == 0
+
+
+def test_the_rate_of_the_first_steps_rises_as_in_one_training_of_all_steps(tmp_path: Path) -> None:
+    given = {"quality.adapt_steps": 10, "training.max_steps": 90, "training.warmup_steps": 0.06}
+    config = RunConfig.from_yaml(classification_run(tmp_path, **given))
+    first = first_steps(config, 120).arguments(tmp_path / "first", saving=False)
+    whole = training_arguments({**config.training, "max_steps": 100}, tmp_path / "whole", 0)
+    expected = rates(whole)[:7]
+    assert rates(first)[:7] == pytest.approx(expected)
+    assert expected == sorted(expected)
+    assert rates(first)[7] < rates(first)[6]
+    at_once = dataclasses.replace(config, training={**config.training, "warmup_steps": 50})
+    held = first_steps(at_once, 120).arguments(tmp_path / "first", saving=False)
+    assert rates(held)[9] == config.training["learning_rate"]
+
+
+def rates(arguments: TrainingArguments) -> list[float]:
+    """The learning rate of every step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], arguments.learning_rate)
+    steps, kwargs = arguments.max_steps, arguments.lr_scheduler_kwargs or {}
+    warmup = arguments.get_warmup_steps(steps)
+    kind = arguments.lr_scheduler_type
+    scheduler = get_scheduler(kind, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+    found = []
+    for _ in range(steps):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found

@@ -56,8 +56,9 @@ def default_steps(training_steps: int) -> int:
 class Adaptation:
     """How long the adaptation is, and at which rate.
 
-    The rate falls linearly to its part `ends_at` (1: it stays), where the training goes on.
-    `settings` are further keys of `TrainingArguments`, those of the training.
+    The rate rises over `warmup` steps (None: a tenth), but never over all of them, and falls
+    linearly to its part `ends_at` (1: it stays), where the training goes on. `settings` are further
+    keys of `TrainingArguments`, those of the training.
     """
 
     steps: int
@@ -66,6 +67,7 @@ class Adaptation:
     seed: int
     ends_at: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    warmup: int | None = None
 
     @property
     def batch(self) -> int:
@@ -89,6 +91,7 @@ class Adaptation:
         if self.ends_at < 1:
             end = {"lr_end": self.ends_at * self.learning_rate, "power": 1.0}
             rate = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": end}
+        warmup = max(1, self.steps // 10) if self.warmup is None else self.warmup
         kept = {k: v for k, v in self.settings.items() if k in _KEPT}
         if processes.count() > 1 and not torch.accelerator.is_available():
             kept["use_cpu"] = True  # without which transformers sees one process
@@ -97,7 +100,7 @@ class Adaptation:
             max_steps=self.steps,
             learning_rate=self.learning_rate,
             per_device_train_batch_size=self.batch_size,
-            warmup_steps=min(max(1, self.steps // 10), self.steps - 1),
+            warmup_steps=min(warmup, self.steps - 1),
             seed=self.seed,
             save_strategy="steps" if saving else "no",
             save_steps=save_steps,

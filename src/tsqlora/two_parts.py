@@ -1,8 +1,8 @@
 """One training in two parts: first steps on the whole pool, the others on what is drawn by quality.
 
 Where some rows are trusted the first steps begin with a half of those (`trusted.py`). The learning
-rate falls over both as over one training by the configuration; in between, samples and layers are
-measured.
+rate rises and falls over both as over one training by the configuration, and rises once more where
+the second part begins with a new optimizer; in between, samples and layers are measured.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptatio
     """The adaptation, for a pool of so many samples and a training in `together` processes.
 
     By default it has as many steps as what comes after, at most 500, before scores upfront; else a
-    tenth as many where a new head has to learn first, and no step in generation. The rate falls
-    linearly to the share of the steps that are left, unless the training's stays constant. One
-    process takes the batches of all.
+    tenth as many where a new head has to learn first, and no step in generation. The rate rises as
+    it would at the start of one training of so many steps in all, and falls linearly to the share
+    of the steps that are left, unless the training's stays constant. One process takes the batches
+    of all.
     """
     settings = {**DEFAULTS, **config.training, "deepspeed": None}
     with processes.alone(), tempfile.TemporaryDirectory(prefix="tsqlora-") as folder:
@@ -58,6 +59,7 @@ def first_steps(config: RunConfig, samples: int, together: int = 1) -> Adaptatio
         config.seed,
         1.0 if constant else after / max(1, steps + after),
         config.training,
+        arguments.get_warmup_steps(steps + after),
     )
 
 
