@@ -253,6 +253,7 @@ def test_a_long_enough_training_finds_its_labels_random_beside_the_reference(
         "quality": {**QUIET, "adapt_steps": 60, "reference": str(reference)},
         "training.num_train_epochs": 4,
         "training.save_strategy": "epoch",
+        "training.warmup_steps": 0,  # so that the tiny model knows its task early
     }
     config = classification_run(tmp_path, **changes)
     write_rows(tmp_path / "train.jsonl", wrong_rows(400, 0.5))
