@@ -218,8 +218,8 @@ def test_the_rate_of_the_first_steps_rises_as_in_one_training_of_all_steps(tmp_p
     assert rates(first)[:7] == pytest.approx(expected)
     assert expected == sorted(expected)
     assert rates(first)[7] < rates(first)[6]
-    at_once = dataclasses.replace(config, training={**config.training, "warmup_steps": 50})
-    held = first_steps(at_once, 120).arguments(tmp_path / "first", saving=False)
+    longer = dataclasses.replace(config, training={**config.training, "warmup_steps": 50})
+    held = first_steps(longer, 120).arguments(tmp_path / "first", saving=False)
     assert rates(held)[9] == config.training["learning_rate"]
 
 
