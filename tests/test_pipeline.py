@@ -29,7 +29,7 @@ from tsqlora.config import AdapterConfig, RunConfig
 from tsqlora.interruption import SIGNALS
 from tsqlora.pipeline import Run
 from tsqlora.training import training_arguments
-from tsqlora.two_parts import first_steps
+from tsqlora.two_parts import first_steps, last_arguments
 
 
 def test_a_run_leaves_every_artefact_in_its_format(tmp_path: Path) -> None:
@@ -221,6 +221,18 @@ def test_the_rate_of_the_first_steps_rises_as_in_one_training_of_all_steps(tmp_p
     longer = dataclasses.replace(config, training={**config.training, "warmup_steps": 50})
     held = first_steps(longer, 120).arguments(tmp_path / "first", saving=False)
     assert rates(held)[9] == config.training["learning_rate"]
+
+
+def test_the_rate_of_the_second_part_rises_to_where_the_first_part_ended(tmp_path: Path) -> None:
+    given = {"quality.adapt_steps": 30, "training.max_steps": 90, "training.warmup_steps": 0.06}
+    config = RunConfig.from_yaml(classification_run(tmp_path, **given))
+    adaptation = first_steps(config, 120)
+    first = rates(adaptation.arguments(tmp_path / "first", saving=False))
+    second = rates(last_arguments(config, adaptation, tmp_path / "second"))
+    fall = first[-2] - first[-1]
+    assert 0 < fall < first[-1]
+    assert max(second) == pytest.approx(first[-1] - fall)
+    assert max(second) == pytest.approx(0.75 * config.training["learning_rate"])
 
 
 def rates(arguments: TrainingArguments) -> list[float]:
