@@ -22,7 +22,7 @@ from pathlib import Path
 
 from evidence_data import CORE, CORE_CONDITIONS, TASKS, more_tasks
 from evidence_lines import RESULTS, Key, read_cells
-from evidence_methods import METHODS
+from evidence_methods import METHODS, UNTOLD
 from evidence_pool import workers
 from evidence_schedule import Schedule, pair_of
 
@@ -55,7 +55,7 @@ def main() -> None:
         for task in given.tasks
         for condition in given.conditions
         for method in given.methods
-        if condition != "clean" or not method.startswith("oracle")  # there it is plain LoRA
+        if condition not in UNTOLD.get(method, ())
     ]
     pairs = list(dict.fromkeys(map(pair_of, wanted)))
     cells = wanted if given.what == "run" else []

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from evidence_cell import RANK, Cell, Outcome
 from evidence_plain import (
+    informed,
+    informed_trusted,
     lora,
     lora_r4,
     lora_random,
@@ -120,9 +122,11 @@ _TERMS = {"mode": "online", "weights": {"gradient_norm": 1.0, "convergence": 1.0
 METHODS: dict[str, Method] = {
     "lora": lora,
     "oracle": oracle,
+    "informed": informed,
     "tsqlora": tsqlora(quality=_CREDIBILITY),
     "lora_trusted": lora_trusted,
     "oracle_trusted": oracle_trusted,
+    "informed_trusted": informed_trusted,
     "tsqlora_trusted": tsqlora(trusted=True, quality=_CREDIBILITY),
     "tsqlora_quality_only": tsqlora(quality=_CREDIBILITY, ranks=_UNIFORM, adapter=_RANDOM),
     "tsqlora_ranks_only": tsqlora(quality=_NOTHING),
@@ -139,11 +143,18 @@ METHODS: dict[str, Method] = {
     "adalora": adalora,
     "eva": eva,
 }
+_SOUND = ("clean", "longtail")
+UNTOLD = {
+    **dict.fromkeys(("oracle", "oracle_trusted"), _SOUND),
+    **dict.fromkeys(("informed", "informed_trusted"), (*_SOUND, "duplicates50")),
+}
+"""Conditions in which a method has nothing to know and is plain LoRA."""
 RATE_OF = {
     **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random", "lora_r4"), "lora"),
+    **dict.fromkeys(("informed", "informed_trusted"), "lora"),
     **dict.fromkeys(("small_loss", "infobatch", "tsqlora_quality_only"), "lora"),
-    **dict.fromkeys(("tsqlora_trusted", "tsqlora_terms", "tsqlora_r4", "tsqlora_06"), "tsqlora"),
+    **dict.fromkeys(("tsqlora_trusted", "tsqlora_terms", "tsqlora_r4"), "tsqlora"),
     **dict.fromkeys(("tsqlora_ranks_only", "tsqlora_start_only", "tsqlora_moving_only"), "tsqlora"),
 }
-"""Whose rate a method takes: plain LoRA's, or the default's. Half the rank and 0.6 of the cost,
-tuned by themselves, came to the same rates on g2p (results/evidence_tuning.jsonl)."""
+"""Whose rate a method takes: plain LoRA's, or the default's. Half the rank, tuned by itself on g2p,
+came to the same (results/evidence_tuning.jsonl)."""

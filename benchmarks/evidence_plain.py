@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -190,6 +191,37 @@ def oracle_trusted(cell: Cell) -> Outcome:
         return concatenate_datasets([pool.select(_sound(cell, pool)), _trusted(cell)])
 
     return Plain(cell, rows=rows).run()
+
+
+def informed(cell: Cell) -> Outcome:
+    """Plain LoRA on as many of the sound rows as all rows' targets are `worth`, nothing wrong in
+    them: what whoever made the most of the damaged ones could hope for."""
+    return Plain(cell, rows=lambda pool: pool.select(_informed(cell, pool))).run()
+
+
+def informed_trusted(cell: Cell) -> Outcome:
+    """The same, with the trusted rows."""
+
+    def rows(pool: Dataset) -> Dataset:
+        return concatenate_datasets([pool.select(_informed(cell, pool)), _trusted(cell)])
+
+    return Plain(cell, rows=rows).run()
+
+
+def worth(classes: int, wrong: float) -> float:
+    """What a target tells that is wrong with probability ρ, of what a right one tells.
+
+    1 − (H(ρ) + ρ ln(K − 1)) / ln K: the capacity of a symmetric channel over K classes (Cover and
+    Thomas, Elements of Information Theory, §7.2), in units of ln K.
+    """
+    unsure = -sum(p * math.log(p) for p in (wrong, 1 - wrong) if p > 0)
+    return 1 - (unsure + wrong * math.log(classes - 1)) / math.log(classes)
+
+
+def _informed(cell: Cell, pool: Dataset) -> list[int]:
+    sound, targets = _sound(cell, pool), {row[cell.task.target] for row in cell.data.train}
+    share = worth(len(targets), len(cell.data.wrong) / len(pool))
+    return sorted(random.Random(cell.seed).sample(sound, round(share * len(pool))))
 
 
 def _sound(cell: Cell, pool: Dataset) -> list[int]:

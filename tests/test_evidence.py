@@ -18,12 +18,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import mutual_info_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import evidence_schedule
 from evidence_claims import claims
 from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, more_tasks
+from evidence_plain import worth
 from evidence_pool import Job, measured_all
 from evidence_schedule import Schedule, pair_of
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
@@ -245,6 +247,19 @@ def test_the_interval_of_a_mean_holds_it_in_the_middle(values: list[float]) -> N
     assert np.allclose([found.low, found.high], list(students))
     assert np.isclose(found.mean - found.low, found.high - found.mean)
     assert found.low <= np.mean(values) + 1e-9
+
+
+@given(st.integers(2, 8), st.integers(1, 50), st.integers(0, 50))
+def test_a_target_is_worth_what_it_shares_with_the_true_one(
+    classes: int, amiss: int, more: int
+) -> None:
+    right = amiss * (classes - 1) + more
+    counts = np.full((classes, classes), amiss) + (right - amiss) * np.eye(classes, dtype=int)
+    wrong = amiss * (classes - 1) / counts[0].sum()
+    shared = mutual_info_score(None, None, contingency=counts) / math.log(classes)
+    assert worth(classes, wrong) == pytest.approx(shared, abs=1e-9)
+    assert worth(classes, wrong) <= 1 - wrong  # there are so many sound rows
+    assert worth(classes, 0) == 1
 
 
 def test_the_part_of_the_gap_is_that_of_all_tasks_together() -> None:
