@@ -54,23 +54,6 @@ def launched_twice(
     )
 
 
-def found_by_two(home: Path, imports: str, found: str) -> list[Any]:
-    """What the expression `found` is in each of two processes, which may write into `folder`."""
-    script = f"""
-import json, sys
-from pathlib import Path
-from tsqlora import processes
-{imports}
-processes.join()
-home = Path(sys.argv[1])
-folder = home / "two"
-(home / f"{{processes.index()}}.json").write_text(json.dumps({found}))
-"""
-    done = launched_twice(home, script, 300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((home / f"{i}.json").read_text()) for i in (0, 1)]
-
-
 def without_dropout(model: Path) -> None:
     """A saved BERT, its dropout off."""
     settings = model / "config.json"

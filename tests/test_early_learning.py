@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from launched import found_by_two
 from reference import looped_early_loss
 from runs import classification_run
 from test_online import assert_same_bytes, killed, trainer_of  # noqa: F401  killed is a fixture
@@ -123,19 +122,6 @@ def trained(trainer: OnlineTrainer) -> list[float]:
     trainer.train()
     weights = (p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad)
     return torch.cat(list(weights)).tolist()
-
-
-def test_two_processes_hold_to_what_both_have_seen(tmp_path: Path) -> None:
-    first, second = found_by_two(
-        tmp_path,
-        "from test_early_learning import labels_alone, trained",
-        "trained(labels_alone(folder, True, num_train_epochs=5, per_device_train_batch_size=2))",
-    )
-    assert first == second
-    alone = trained(labels_alone(tmp_path / "one", True, num_train_epochs=5))
-    plain = trained(labels_alone(tmp_path / "plain", False, num_train_epochs=5))
-    np.testing.assert_allclose(first, alone, rtol=1e-3, atol=1e-5)
-    assert not np.allclose(plain, alone, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [14, 18])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import mutual_info_score
@@ -231,6 +231,7 @@ def test_the_long_tail_takes_its_rows_from_the_rare_class_alone(own: Path) -> No
 
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=8), st.floats(-5, 5))
+@settings(max_examples=20)
 def test_a_difference_that_is_the_same_in_every_pair_has_an_interval_of_no_width(
     plain: list[float], by: float
 ) -> None:

@@ -15,7 +15,6 @@ from datasets import Dataset
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
-from launched import found_by_two
 from reference import looped_gradients, loss_of, one_by_one
 from runs import causal_run, classification_run, seq2seq_run
 from test_per_sample_grads import checkpointed
@@ -344,19 +343,6 @@ def found_by(trainer: PoolTrainer) -> list[list[float]]:
     scores, drawn = trainer.scores(), trainer.sampler.probability
     norms = trainer.visits.column("gradient_norm")
     return [norms.tolist(), drawn.tolist(), scores.quality.tolist()]
-
-
-def test_two_processes_record_together_and_draw_the_same(tmp_path: Path) -> None:
-    first, second = found_by_two(
-        tmp_path,
-        "from test_online import found_by, trainer_of",
-        'found_by(trainer_of("bert", folder, True, num_train_epochs=2, '
-        "per_device_train_batch_size=2))",
-    )
-    assert first == second
-    alone = found_by(trainer_of("bert", tmp_path / "one", True, num_train_epochs=2))
-    for one, two in zip(alone, first, strict=True):
-        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
 
 
 def test_mode_none_scores_nothing_and_draws_all(tmp_path: Path) -> None:

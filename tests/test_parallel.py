@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 
 from launched import Launch, launched_twice, without_dropout
 from runs import causal_run, classification_run
+from test_early_learning import labels_alone, trained
+from test_online import trainer_of
 from test_pairs import small
-from tsqlora import QualityScores
+from tsqlora import LayerSensitivity, QualityScores, scoring
 from tsqlora.artefacts import read_json
 from tsqlora.credibility import Credibility
 from tsqlora.dynamic_rank import DynamicRank
 from tsqlora.global_batches import SPARE, GlobalBatchTrainer
+from tsqlora.online_training import OnlineTrainer
 from tsqlora.pipeline import Run
 from tsqlora.training import PoolTrainer
 
@@ -33,7 +36,7 @@ KINDS = ("ddp", "fsdp")
 SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from test_parallel import few_at_once, noting
+from test_parallel import early, few_at_once, noting, online, small_parts
 from torch.distributed.distributed_c10d import _get_default_store
 from tsqlora import cli, processes
 from tsqlora.errors import TrainingError
@@ -85,6 +88,11 @@ for kind in ("ddp", "fsdp"):
 
 with few_at_once():
     Run.start(home / "texts.yaml").score()
+with small_parts() as written:
+    Run.start(home / "plan.yaml").plan()
+note("parts", written)
+note("online", online(home / "online-two", 2))
+note("early", early(home / "early-two", 2))
 
 note("mistake", cli.main(["train", str(home / "mistake.yaml")]))
 processes.wait()
@@ -141,6 +149,39 @@ def _as_told(own: Any, mismatched: Any) -> Credibility:
     return Credibility(np.exp(-mismatched), 0.1, "said so")
 
 
+@contextmanager
+def small_parts() -> Iterator[list[int]]:
+    """Inside, scores are written two batches at a time; gives the numbers of the parts that this
+    process writes."""
+    write, numbers = scoring.Parts.write, list[int]()
+
+    def noted(parts: Any, number: int, *rest: Any) -> None:
+        numbers.append(number)
+        write(parts, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scoring, "PART", 2)
+        patched.setattr(scoring.Parts, "write", noted)
+        yield numbers
+
+
+def online(folder: Path, batch: int) -> list[list[float]]:
+    """What a training of two epochs recorded, and what is drawn and scored by it."""
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": batch}
+    trainer = trainer_of("bert", folder, True, **settings)
+    assert isinstance(trainer, OnlineTrainer)
+    trainer.train()
+    scores, drawn = trainer.scores(), trainer.sampler.probability
+    norms = trainer.visits.column("gradient_norm")
+    return [norms.tolist(), drawn.tolist(), scores.quality.tolist()]
+
+
+def early(folder: Path, batch: int, held: bool = True) -> list[float]:
+    """The weights after a training of five epochs, `held` to what was predicted early."""
+    settings = {"num_train_epochs": 5, "per_device_train_batch_size": batch}
+    return trained(labels_alone(folder, held, **settings))
+
+
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     home = tmp_path_factory.mktemp("parallel")
@@ -158,6 +199,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
             config(kind + again, kind + again, **half, **more)
     config("failing", "failing", **half)
     config("mistake", "mistake", **{"data.text": "no such column"})
+    for name in ("plan-one", "plan"):
+        config(name, name, **{"quality.reference": "validation"})
     without_dropout(home / "model")
     (home / "of-texts").mkdir()
     for name in ("texts-one", "texts"):
@@ -169,6 +212,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         run = Run.start(one)
         run.train()
         run.evaluate()
+    with small_parts():
+        Run.start(home / "plan-one.yaml").plan()
     done = launched_twice(home, SCRIPT, 300)
     return Launch(home, run, alone, done.returncode, done.stderr)
 
@@ -247,6 +292,41 @@ def test_texts_asked_for_by_two_are_judged_as_by_one(launch: Launch) -> None:
         np.testing.assert_allclose(*(getattr(each, name) for each in found), rtol=0, atol=1e-6)
     costs = [read_json(folder.metrics)["cost"]["scoring_passes"] for folder in (one, two)]
     assert costs[0] == costs[1]
+
+
+def test_two_processes_give_the_scores_and_the_plan_of_one_to_the_last_byte(
+    launch: Launch,
+) -> None:
+    first, second = (launch.note("parts", process) for process in (0, 1))
+    assert first
+    assert second
+    assert not set(first) & set(second)
+    one, two = (launch.run(name).folder for name in ("plan-one", "plan"))
+    for name in ("scores", "plan"):
+        assert getattr(two, name).read_bytes() == getattr(one, name).read_bytes()
+    warm = "state.safetensors"
+    assert (two.warmup / warm).read_bytes() == (one.warmup / warm).read_bytes()
+    found, wanted = (LayerSensitivity.load(folder.sensitivity) for folder in (two, one))
+    assert found.modules == wanted.modules, "to the last bit, as batches are added in their order"
+    for name, values in wanted.spectrum.items():  # of sketches, added up by process
+        # a singular value is known to the rounding of the largest one (Weyl), in float32
+        np.testing.assert_allclose(found.spectrum[name], values, rtol=1e-5, atol=1e-7 * values[0])
+
+
+def test_two_processes_record_together_and_draw_the_same(launch: Launch) -> None:
+    first, second = (launch.note("online", process) for process in (0, 1))
+    assert first == second
+    for one, two in zip(online(launch.home / "online-one", 4), first, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_hold_to_what_both_have_seen(launch: Launch) -> None:
+    first, second = (launch.note("early", process) for process in (0, 1))
+    assert first == second
+    alone = early(launch.home / "early-one", 4)
+    plain = early(launch.home / "plain", 4, held=False)
+    np.testing.assert_allclose(first, alone, rtol=1e-3, atol=1e-5)
+    assert not np.allclose(plain, alone, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_wrong_is_said_once(launch: Launch) -> None:
