@@ -359,10 +359,12 @@ def test_mode_none_scores_nothing_and_draws_all(tmp_path: Path) -> None:
 def test_scores_are_taken_upfront_where_nothing_but_them_is_asked_for(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = classification_run(tmp_path, 60, **{"quality.mode": mode})
-    assert main(["score", str(config)]) == 0
+    settings = {"quality.mode": mode, "quality.adapt_steps": None}
+    assert main(["score", str(classification_run(tmp_path, 60, **settings))]) == 0
     scores = QualityScores.from_parquet(tmp_path / "run/scores.parquet")
     assert np.isfinite(scores.loss).all()
+    stages = json.loads((tmp_path / "run/metrics.json").read_text())["cost"]["stages"]
+    assert stages["adaptation"]["passes"] == 120, "as many first steps as the training would have"
 
 
 @pytest.mark.parametrize("name", ["deberta", "qwen2-moe"])

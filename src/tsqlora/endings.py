@@ -14,7 +14,7 @@ NEXT = {
     ),
     "score": (
         "open {ranked} in a spreadsheet: the rows most likely wrong come first",
-        "tsqlora train {config}    # in the same folder, with mode: upfront by these scores",
+        "tsqlora train {config}    # judges as it trains; by these scores if quality.mode is upfront",
     ),
     "plan": (
         "tsqlora train {config}    # goes on from this plan",

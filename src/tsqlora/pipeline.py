@@ -300,9 +300,9 @@ class Run:
         """What the run left, once it is trained."""
         return FinishedRun(self.config, self.folder)
 
-    @cached_property
+    @property
     def first(self) -> Adaptation:
-        """How stage 0 goes."""
+        """How stage 0 goes, by the mode that there is now: scoring alone has its own."""
         return first_steps(self.config, len(self.inputs.splits.train), self.inputs.together)
 
     @property
