@@ -155,8 +155,9 @@ class QualityConfig:
 class RanksConfig:
     """The budget of ranks, as a mean rank or as an exact number of parameters, and its bounds.
 
-    `parameters` replaces the default `mean_rank`. `rule` says how ranks follow from sensitivity
-    (formulas in `rank_rules.py`). `dynamic` ranks move while training; with `compact` the model is
+    `parameters` replaces the default `mean_rank`; every module's rank is from `min_rank` (0: left
+    out) to `max_rank`. `rule` says how ranks follow from sensitivity (formulas in `rank_rules.py`).
+    `dynamic` ranks move while training; with `compact` the model is
     cut to its true ranks once they no longer move, in a single process: less memory and time.
     """
 
@@ -190,12 +191,13 @@ class AdapterConfig:
     """Which modules are adapted or trained whole; `scale` is alpha / r, the same everywhere, by
     default `default_scale` of the mean rank.
 
-    `init` is the folder of a LoRA adapter to go on from: its modules are the targets, the first
-    steps train it as it is, and the planned adapter begins as the best approximation of it that
-    the planned ranks allow. Its factors are brought onto `scale`, its function kept. `start` is
-    for components that have learnt nothing (B = 0): their rows of A begin along the module's mean
-    gradient (docs/method.md §6), or `random`, as PEFT draws them. `auto` is gradient for
-    generation, and random for classes and numbers, as a gradient through a new head says little.
+    `dropout` is LoRA's, before A. `init` is the folder of a LoRA adapter to go on from: its modules
+    are the targets, the first steps train it as it is, and the planned adapter begins as the best
+    approximation of it that the planned ranks allow. Its factors are brought onto `scale`, its
+    function kept. `start` is for components that have learnt nothing (B = 0): their rows of A begin
+    along the module's mean gradient (docs/method.md §6), or `random`, as PEFT draws them. `auto` is
+    gradient for generation, and random for classes and numbers, as a gradient through a new head
+    says little.
     """
 
     target_modules: _Name | _Names = "all-linear"
@@ -211,6 +213,8 @@ class RunConfig:
     """Everything a run needs: model, task, data, method and training.
 
     However it is made it is checked as a whole, and `from_yaml` of its `to_yaml` is equal to it.
+    `tokenizer` is None where it lies beside the model; `target_tokenizer` is that of the targets of
+    seq2seq where they have their own, such as phonemes.
     `training` holds keys of `transformers.TrainingArguments`; `metrics` None is the task's own.
     `quantization: 4bit` keeps the frozen weights in 4 bits (QLoRA: NF4, double quantisation), by
     bitsandbytes; computations are in float32, or in 16 bits with training.bf16 or training.fp16.

@@ -14,7 +14,7 @@ NEXT = {
     ),
     "score": (
         "open {ranked} in a spreadsheet: the rows most likely wrong come first",
-        "tsqlora train {config}    # judges as it trains; by these scores if quality.mode is upfront",
+        "tsqlora train {config}    # judges anew, or with quality.mode: upfront by these",
     ),
     "plan": (
         "tsqlora train {config}    # goes on from this plan",

@@ -51,8 +51,8 @@ def score_samples(
     samples. `ids` are the column `id` where it holds whole numbers, else the row numbers. Batches
     take as much memory as `batch_size` of the longest samples, by default as many as fit and pay,
     found by trial, and are halved when memory runs out. Under `torch.autocast` forwards run in its
-    precision. What is measured waits in a temporary folder, about 8 kB a sample, or far less where
-    a `reference` is known.
+    precision. What is measured waits in a temporary folder: little, but about 8 kB a sample where
+    convergence has a weight and no `reference` is known.
 
     `together`: all processes of this launch call it at once, on one machine; each measures a share
     of the samples and all get the same scores.
