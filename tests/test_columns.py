@@ -80,6 +80,7 @@ def pool(seed: int, samples: int, wrong: float) -> Measurements:
         null_group=1 - group,
         confidence=random.normal(1, 1, samples).astype(np.float32),
         agrees=random.random(samples) > wrong,
+        predicted=random.integers(0, 2, samples),
         classes=2,
         kin=group,
     )

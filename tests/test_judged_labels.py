@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from test_quality import predicted
-from tsqlora.credibility import drawable, from_agreement
+from tsqlora.credibility import ENOUGH, drawable, from_agreement
+from tsqlora.losses import CLASSIFICATION
 from tsqlora.measurements import Measurements
-from tsqlora.null import others
+from tsqlora.null import NULL_SAMPLES, null_of_outputs, others
 from tsqlora.quality import credibility
 
 CLASSES = 6
@@ -50,6 +52,7 @@ def judged(
         null_group=mismatched,
         confidence=best[:, -1] - best[:, -2],
         agrees=known.argmax(1) == label,
+        predicted=known.argmax(1),
         classes=CLASSES,
     )
     return pool, wrong
@@ -105,3 +108,98 @@ def test_what_the_null_explains_is_not_doubted_again(
     assert (beside >= alone).all()
     assert (beside[agrees] == 1).all()
     assert (from_agreement(confidence, agrees, 2, explained=1.0) == 1).all()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Log-probabilities of a pool (N, C) and its labels (N), as they are measured."""
+
+    known: np.ndarray
+    label: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        return ["label", "output"]
+
+    def column(self, name: str) -> np.ndarray:
+        return self.label
+
+    def blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for some in np.array_split(np.arange(len(self.label)), 3):
+            yield some, self.known[some]
+
+
+def uneven(counts: list[int], skill: float, wrong: float, seed: int) -> tuple[Outputs, np.ndarray]:
+    """A model of some `skill` that knows how common classes of these `counts` are; which labels are
+    wrong."""
+    random = np.random.default_rng(seed)
+    true = np.repeat(np.arange(len(counts)), counts)
+    logits = np.log(np.array(counts) / len(true)) + random.normal(0, 0.3, (len(true), len(counts)))
+    logits[np.arange(len(true)), true] += skill
+    flipped = random.random(len(true)) < wrong
+    label = np.where(flipped, (true + 1) % len(counts), true)
+    return Outputs(log_softmax(logits, axis=1), label), flipped
+
+
+def doubted(pool: Outputs) -> np.ndarray:
+    """Which labels are not drawn, by both judges."""
+    rows, nothing = np.arange(len(pool.label)), np.full(len(pool.label), np.nan)
+    null_loss, null_group = null_of_outputs(pool, CLASSIFICATION, 0)
+    best = np.sort(pool.known, axis=1)
+    measured = Measurements(
+        ids=rows,
+        loss=-pool.known[rows, pool.label],
+        gradient_norm=nothing,
+        loss_reduction=nothing,
+        sketch=np.zeros((len(rows), 0)),
+        length=np.ones(len(rows), dtype=np.int64),
+        group=pool.label,
+        null_loss=null_loss,
+        null_group=null_group,
+        confidence=best[:, -1] - best[:, -2],
+        agrees=pool.known.argmax(1) == pool.label,
+        predicted=pool.known.argmax(1),
+        classes=pool.known.shape[1],
+    )
+    return ~drawable(credibility(measured).values)
+
+
+@pytest.mark.parametrize(
+    "counts", [[270, 30], [965, 35], [2000, 39], [300, 20, 20], [100, 25, 25], [67, 33], [30] * 5]
+)
+def test_a_model_that_knows_how_common_classes_are_and_no_more_doubts_no_label(
+    counts: list[int],
+) -> None:
+    for seed in range(5):
+        pool, _ = uneven(counts, skill=0.0, wrong=0.0, seed=seed)
+        assert not doubted(pool).any()
+
+
+@pytest.mark.parametrize("counts", [[300, 20, 20], [100, 25, 25], [30] * 5, [1000, 300, 30]])
+def test_wrong_labels_are_found_beside_rare_classes_too(counts: list[int]) -> None:
+    found, lost = [], []
+    for seed in range(5):
+        pool, wrong = uneven(counts, skill=6.0, wrong=0.1, seed=seed)
+        left_out = doubted(pool)
+        found.append(left_out[wrong].mean())
+        lost.append(left_out[~wrong].mean())
+    assert np.mean(found) > 0.5
+    assert np.mean(lost) < 0.06
+
+
+@given(st.lists(st.integers(1, 90), min_size=2, max_size=4), st.integers(0, 99))
+@settings(max_examples=30)
+def test_the_null_of_a_rare_class_is_what_every_other_sample_would_cost_in_it(
+    counts: list[int], seed: int
+) -> None:
+    pool, _ = uneven(counts, skill=1.0, wrong=0.2, seed=seed)
+    assert len(pool.label) <= NULL_SAMPLES
+    losses, named = null_of_outputs(pool, CLASSIFICATION, seed)
+    for k in np.unique(pool.label):
+        mine = np.sort(losses[named == k])
+        whole = np.sort(
+            [-row[k] for row, own in zip(pool.known, pool.label, strict=True) if own != k]
+        )
+        assert len(mine) == len(whole) if len(mine) < ENOUGH else len(mine) <= len(whole)
+        if len(mine) == len(whole):
+            np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-6)

@@ -63,6 +63,9 @@ CREDIBLE = 0.7
 LOSABLE = 0.05
 FITTED = 200_000
 """Samples at most that how often the model agrees is learnt from, drawn where there are more."""
+NAMED = 0.25
+"""Labels of a class that the model names less than this part as often as they do are not judged by
+what it names: it may know how common the other classes are, and no more."""
 SURE = 0.7
 """Log-odds (2 : 1) that a model must have for its first class over its second to be called sure."""
 LEAST_SHARE = 0.02
@@ -104,13 +107,15 @@ class Credibility:
 def null_percentiles(loss: Floats, group: Ints, null_loss: Floats, null_group: Ints) -> Floats:
     """u_i (N): the share of null losses of sample i's group below its loss, ties counted half.
 
-    Groups with fewer than `ENOUGH` null losses are judged against the whole null.
+    NaN in groups with fewer than `ENOUGH` null losses. Another group's are no measure: to a model
+    that knows the class frequencies alone a wrong label that is common costs little, so beside the
+    null of both every common label would look right and every rare one wrong.
     """
     own = {value: null_group == value for value in distinct(group)}
     nulls = {k: _sorted(kept(null_loss, of)) for k, of in own.items() if of.sum() >= ENOUGH}
-    whole, result = _sorted(null_loss), column(len(loss))
+    result = column(len(loss))
     for rows in blocks_of(len(loss)):
-        found = percentiles(loss[rows], whole)
+        found = np.full(len(loss[rows]), np.nan)
         for value in np.unique(group[rows]):
             if value in nulls:
                 of_it = group[rows] == value
@@ -176,6 +181,13 @@ def _is_steep(u: Floats, null: float) -> bool:
     by_samples = 4 * np.sqrt(4 * max(last, 4 / len(u)) / len(u))
     by_null = 2 * 3.7 * (third + last) / 2 / np.sqrt(null)
     return third > STEEPEST * last + by_samples + by_null and third > 0.1
+
+
+def foreseen(label: Ints, predicted: Ints) -> NDArray[np.bool_]:
+    """Which labels (N) are of a class that the model names often enough (`NAMED`)."""
+    numbers = label.astype(np.int64)
+    given, named = np.bincount(numbers), np.bincount(predicted, minlength=1 + int(numbers.max()))
+    return (named[: len(given)] >= NAMED * given)[numbers]
 
 
 def from_agreement(

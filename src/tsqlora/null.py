@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import nn
 
 from tsqlora.batches import Collator, Pool, evaluating, forward_losses, passing, places
-from tsqlora.columns import blocks_of, column, copied, kept
+from tsqlora.columns import blocks_of, column, copied, distinct, kept
+from tsqlora.credibility import ENOUGH
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses
 from tsqlora.measuring import as_numpy
 from tsqlora.memory import Halving
@@ -29,7 +30,11 @@ the target of (M)."""
 
 
 def null_of_outputs(parts: Measured, kind: str, seed: int) -> Null:
-    """Of a class or number: each sample's stored output against another one's target."""
+    """Of a class or number: each sample's stored output against another one's target.
+
+    A class that fewer than `ENOUGH` of these name is named by all samples of another label instead,
+    or by `NULL_SAMPLES` of them.
+    """
     labels = parts.column("label")
     partners = others(labels, np.random.default_rng(seed))
     losses, wrong_labels = (
@@ -43,9 +48,28 @@ def null_of_outputs(parts: Measured, kind: str, seed: int) -> Null:
         wrong = wrong.long() if kind == CLASSIFICATION else wrong.float()
         losses[positions] = as_numpy(sample_losses(kind, torch.tensor(outputs), wrong))
     real = wrong_labels != labels
-    if kind == CLASSIFICATION:
-        return kept(losses, real), kept(wrong_labels, real, np.int32)
-    return kept(losses, real), column(int(real.sum()), np.int32)
+    if kind != CLASSIFICATION:
+        return kept(losses, real), column(int(real.sum()), np.int32)
+    found = kept(losses, real), kept(wrong_labels, real, np.int32)
+    rare = [k for k in distinct(labels) if np.count_nonzero(found[1] == k) < ENOUGH]
+    return _with_rare(found, rare, parts, labels, seed) if rare else found
+
+
+def _with_rare(
+    found: Null, rare: Sequence[int], parts: Measured, labels: np.ndarray, seed: int
+) -> Null:
+    """`found`, its losses of `rare` classes replaced by what other samples' outputs cost there."""
+    common = ~np.isin(found[1], rare)
+    losses, named = [found[0][common]], [found[1][common]]
+    chosen = places(len(labels), NULL_SAMPLES, seed)
+    for positions, outputs in parts.blocks("output"):
+        of_it = np.isin(positions, chosen)
+        own, logits = labels[positions[of_it]], torch.tensor(outputs[of_it])
+        for k in rare:
+            wrong = torch.full((len(own),), int(k))
+            losses.append(as_numpy(sample_losses(CLASSIFICATION, logits, wrong))[own != k])
+            named.append(np.full(len(losses[-1]), k, np.int32))
+    return np.concatenate(losses), np.concatenate(named)
 
 
 def null_of_pairs(

@@ -22,6 +22,7 @@ from tsqlora.credibility import (
     Credibility,
     beside,
     drawable,
+    foreseen,
     from_agreement,
     from_null,
     from_reference,
@@ -188,14 +189,23 @@ def credibility(
     found = _by_loss(pool, reference, random)
     if len(pool.agrees) == 0:
         return found
-    explained = float(np.nan_to_num(found.wrong_share))
-    values = from_agreement(pool.confidence, pool.agrees, pool.classes or 2, explained)
+    values = _by_predictions(pool, float(np.nan_to_num(found.wrong_share)))
     values *= found.values
     doubtful = int((~drawable(values)).sum())
     if doubtful <= (~drawable(found.values)).sum():
         return found
     text = f"{found.verdict}; the model contradicts {doubtful} labels that it should know"
     return replace(found, values=values, verdict=text)
+
+
+def _by_predictions(pool: Measurements, explained: float) -> Floats:
+    assert pool.predicted is not None
+    classes, told = pool.classes or 2, foreseen(pool.group, pool.predicted)
+    if told.all():
+        return from_agreement(pool.confidence, pool.agrees, classes, explained)
+    values, sure = column(len(told), fill=1), kept(pool.confidence, told)
+    values[told] = from_agreement(sure, kept(pool.agrees, told), classes, explained)
+    return values
 
 
 def _by_loss(pool: Measurements, reference: Measurements | None, random: float) -> Credibility:
@@ -205,13 +215,28 @@ def _by_loss(pool: Measurements, reference: Measurements | None, random: float) 
     if pool.null_owner is not None:
         return _by_pairs(pool, pool.null_owner)
     null = (pool.null_loss, pool.null_group)
-    u, size = null_percentiles(pool.loss, pool.group, *null), len(pool.null_loss)
-    if random > 0:
-        return beside(u, random, pool.classes)
-    if reference is None:
-        return from_null(u, size, pool.classes)
-    trusted = null_percentiles(reference.loss, reference.group, *null)
-    return from_reference(u, trusted, size, pool.classes)
+    u, size = null_percentiles(pool.loss, pool.group, *null), min(len(null[0]), len(pool.loss))
+    trusted = (
+        None if reference is None else null_percentiles(reference.loss, reference.group, *null)
+    )
+    measured = ~np.isnan(u)
+    if measured.all():
+        return _by_percentiles(u, trusted, size, pool.classes, random)
+    found = _by_percentiles(kept(u, measured), trusted, size, pool.classes, random)
+    values = column(len(u), fill=1)
+    values[measured] = found.values
+    few = f"{found.verdict}; {(~measured).sum():,} are not, as too few samples have another label"
+    return replace(found, values=values, verdict=few)
+
+
+def _by_percentiles(
+    u: Floats, trusted: Floats | None, size: int, classes: int | None, random: float
+) -> Credibility:
+    if random > 0 and len(u):
+        return beside(u, random, classes)
+    if trusted is None:
+        return from_null(u, size, classes)
+    return from_reference(u, trusted[~np.isnan(trusted)], size, classes)
 
 
 def _by_pairs(pool: Measurements, owner: Ints) -> Credibility:

@@ -69,11 +69,13 @@ def first_rows(rows: Dataset, trusted: int, draws: int, seed: int) -> Dataset:
 
 
 def random_share(u: Floats, control: Floats) -> float:
-    """ρ of the pool, by its u (N) and the control's (M); 0 where chance could be all of it.
+    """ρ of the pool, by its u (N) and the control's (M), NaN where there is none; 0 where chance
+    could be all of it.
 
     NaN, not known, by fewer than `ENOUGH` control rows and by a model that does not tell their
     targets from wrong ones yet.
     """
+    u, control = u[~np.isnan(u)], control[~np.isnan(control)]
     if min(len(control), len(u)) < ENOUGH:
         return np.nan
     gap, above = 0.5 - control.mean(), u.mean() - control.mean()
