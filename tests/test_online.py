@@ -78,8 +78,28 @@ def test_what_a_still_training_records_is_what_a_loop_measures(name: str, tmp_pa
     np.testing.assert_allclose(trainer.visits.column("loss"), losses, rtol=1e-5)
 
 
+def gradients_of(trainer: PoolTrainer) -> list[torch.Tensor]:
+    """Those of every step of a whole training, clipped."""
+    gradients: list[torch.Tensor] = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: object, **named: Any) -> None:
+            every = [p.grad for p in named["model"].parameters() if p.grad is not None]
+            gradients.extend(gradient.clone() for gradient in every)
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return gradients
+
+
+def assert_alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-9
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
 def test_recording_changes_nothing_that_is_trained(
     name: str, smoothing: float, tmp_path: Path
 ) -> None:
@@ -89,24 +109,15 @@ def test_recording_changes_nothing_that_is_trained(
         "max_grad_norm": 0.05,
         "label_smoothing_factor": smoothing,
     }
-    found = []
-    for recorded in (False, True):
-        gradients: list[torch.Tensor] = []
+    found = [gradients_of(trainer_of(name, tmp_path, on, **settings)) for on in (False, True)]
+    assert_alike(*found)
 
-        class Keep(TrainerCallback):
-            def on_pre_optimizer_step(self, *_: object, **named: Any) -> None:
-                every = [p.grad for p in named["model"].parameters() if p.grad is not None]
-                self.kept.extend(gradient.clone() for gradient in every)
 
-        trainer = trainer_of(name, tmp_path, recorded, **settings)
-        keep = Keep()
-        keep.kept = gradients  # type: ignore[attr-defined]
-        trainer.add_callback(keep)
-        trainer.train()
-        found.append(gradients)
-    assert len(found[0]) == len(found[1]) > 0
-    for plain, recorded_one in zip(*found, strict=True):
-        assert (plain - recorded_one).norm() <= 1e-4 * plain.norm() + 1e-9
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_next_to_no_label_smoothing_is_next_to_none(name: str, tmp_path: Path) -> None:
+    """And a decoder goes on from its targets, not from the source, smoothed or not."""
+    smoothed = trainer_of(name, tmp_path, False, label_smoothing_factor=1e-7)
+    assert_alike(gradients_of(smoothed), gradients_of(trainer_of(name, tmp_path, False)))
 
 
 def visited(positions: list[int], losses: list[float], labels: list[int]) -> dict[str, np.ndarray]:

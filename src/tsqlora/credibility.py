@@ -183,10 +183,11 @@ def _is_steep(u: Floats, null: float) -> bool:
     return third > STEEPEST * last + by_samples + by_null and third > 0.1
 
 
-def foreseen(label: Ints, predicted: Ints) -> NDArray[np.bool_]:
+def foreseen(label: Ints, predicted: Ints | Floats) -> NDArray[np.bool_]:
     """Which labels (N) are of a class that the model names often enough (`NAMED`)."""
-    numbers = label.astype(np.int64)
-    given, named = np.bincount(numbers), np.bincount(predicted, minlength=1 + int(numbers.max()))
+    numbers = copied(label, np.int64)
+    given = np.bincount(numbers)
+    named = np.bincount(copied(predicted, np.int64), minlength=len(given))
     return (named[: len(given)] >= NAMED * given)[numbers]
 
 

@@ -31,7 +31,7 @@ from transformers.trainer_utils import IntervalStrategy
 from tsqlora import processes
 from tsqlora.columns import column, in_python
 from tsqlora.errors import ConfigError, TrainingError
-from tsqlora.losses import infer_kind, target_lengths
+from tsqlora.losses import SEQ2SEQ, infer_kind, target_lengths
 from tsqlora.step_progress import StepProgress
 
 SPARE = "tsqlora_spare"
@@ -198,7 +198,14 @@ class GlobalBatchTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's mean over the batch; in training as a share of the mean over the step."""
+        """The model's mean over the batch; in training as a share of the mean over the step.
+
+        Where labels are smoothed transformers keeps them from the model, which would then take a
+        seq2seq's source for its target.
+        """
+        if self.label_smoother is not None and self.kind == SEQ2SEQ:
+            shifted = self.model.prepare_decoder_input_ids_from_labels  # type: ignore[union-attr]
+            inputs["decoder_input_ids"] = shifted(labels=inputs["labels"])  # type: ignore[operator]
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
         share = self._counted(inputs) / max(self._targets, 1.0)
