@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from runs import class_rows, classification_run, save_model, write_rows
+from runs import causal_run, class_rows, classification_run, save_model, write_rows
 from tsqlora.cli import main
 
 
@@ -39,6 +39,19 @@ def test_malformed_json_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     message = failing(capsys, config)
     assert "train.jsonl" in message
     assert "line 7" in message or ":7" in message
+
+
+def test_a_prompt_that_is_empty_for_a_model_without_a_first_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = causal_run(tmp_path, 60, **{"data.text": "{text}", "metrics": ["exact_match"]})
+    tokenizer = tmp_path / "model/tokenizer.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "post_processor": None}))
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    rows[3]["text"] = ""
+    write_rows(tmp_path / "validation.jsonl", rows)
+    message = failing(capsys, config)
+    assert "data.validation: row 3: no token comes before the target" in message
 
 
 def test_missing_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,8 +221,10 @@ def test_the_mode_of_scoring_chooses_its_own_defaults() -> None:
         assert (found.weights.convergence == 1.0) == ("preset" in upfront)
     trusted = {"reference": "trusted.jsonl"}
     assert RunConfig.from_dict(changed("quality", trusted)).quality.mode == "online"
-    sharded = RunConfig.from_dict(changed("training.fsdp", "full_shard"))
-    assert sharded.quality.mode == "upfront"
+    sharded = changed("training.fsdp", "full_shard")
+    for quality, fraction in (({}, 0.5), ({"fraction": 0.8}, 0.8)):
+        found = RunConfig.from_dict({**sharded, "quality": quality}).quality
+        assert (found.mode, found.fraction) == ("upfront", fraction)
     none = RunConfig.from_dict(changed("quality", {"mode": "none"}))
     assert none.quality.fraction == 1.0
     for config in (online, none):

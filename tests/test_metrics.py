@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,49 @@ def test_neither_the_order_of_rows_nor_the_size_of_batches_changes_a_metric(
     turned = encoded.select(range(len(encoded) - 1, -1, -1))
     assert evaluate(task, model, turned, names, batch_size=3) == pytest.approx(expected, abs=1e-4)
     assert json.loads(json.dumps(expected)) == expected
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_metric_is_the_same_when_memory_takes_few_rows_at_once(
+    made: dict[str, Made], name: str
+) -> None:
+    task, model, encoded = made[name]
+    names = [*task.default_metrics, *(["exact_match"] if name == CAUSAL_LM else [])]
+    expected = evaluate(task, model, encoded, names)
+    taken: list[int] = []
+
+    def limited(_: Any, __: Any, inputs: dict[str, torch.Tensor]) -> None:
+        rows = len(next(v for v in inputs.values() if isinstance(v, torch.Tensor)))
+        if rows > 2:
+            raise torch.OutOfMemoryError
+        taken.append(rows)
+
+    handle = model.register_forward_pre_hook(limited, with_kwargs=True)
+    try:
+        assert evaluate(task, model, encoded, names) == pytest.approx(expected, abs=1e-4)
+    finally:
+        handle.remove()
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("given", "at_once"),
+    [
+        ({}, 32),
+        ({"per_device_train_batch_size": 2}, 2),
+        ({"per_device_train_batch_size": 2, "per_device_eval_batch_size": 7}, 7),
+    ],
+)
+def test_as_many_rows_are_measured_at_once_as_a_training_takes(
+    given: dict[str, int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "evaluate", lambda *asked: {"batch": asked[-1]})
+    data = {"train": "t.jsonl", "text": "text", "target": "label"}
+    config = {"model": "m", "task": "classification", "data": data, "output": "o"}
+    task: Any = SimpleNamespace(default_metrics=("accuracy",))
+    run = RunConfig.from_dict({**config, "training": given})
+    rows = Dataset.from_dict({})
+    assert finished.measure(run, task, nn.Linear(1, 1), rows) == {"batch": at_once}
 
 
 @pytest.mark.parametrize("name", TARGETS)

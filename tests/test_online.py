@@ -16,12 +16,12 @@ from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
 from reference import looped_gradients, loss_of, one_by_one
-from runs import causal_run, classification_run, seq2seq_run
+from runs import causal_run, class_rows, classification_run, seq2seq_run, write_rows
 from test_per_sample_grads import checkpointed
 from tiny import KINDS, collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import QualityScores
 from tsqlora.cli import main
-from tsqlora.config import QualityConfig, QualityWeights
+from tsqlora.config import QualityConfig, QualityWeights, RunConfig
 from tsqlora.errors import ModelError
 from tsqlora.losses import CLASSIFICATION
 from tsqlora.online import OnlineScorer
@@ -376,6 +376,26 @@ def test_scores_are_taken_upfront_where_nothing_but_them_is_asked_for(
     assert np.isfinite(scores.loss).all()
     stages = json.loads((tmp_path / "run/metrics.json").read_text())["cost"]["stages"]
     assert stages["adaptation"]["passes"] == 120, "as many first steps as the training would have"
+
+
+def test_scores_alone_are_taken_beside_a_reference_that_a_training_would_train_on(
+    tmp_path: Path,
+) -> None:
+    trusted = write_rows(tmp_path / "trusted.jsonl", class_rows(40, seed=5))
+    settings = {"adapt_steps": 4, "reference": str(trusted)}
+    config = classification_run(tmp_path, 60, quality=settings)
+    assert RunConfig.from_yaml(config).quality.mode == "online"
+    assert main(["score", str(config)]) == 0
+    assert len(QualityScores.from_parquet(tmp_path / "run/scores.parquet").ids) == 60
+    assert len((tmp_path / "run/ranked.csv").read_text().splitlines()) == 61
+
+
+def test_plain_text_is_not_said_to_be_sound(tmp_path: Path) -> None:
+    changes = {"data.text": "text", "data.target": None, "metrics": None}
+    quiet = {"quality": {"mode": "online"}, "training.num_train_epochs": 3}
+    folder = train(causal_run(tmp_path, 400, **changes, **quiet))
+    verdict = QualityScores.from_parquet(folder / "scores.parquet").verdict
+    assert verdict.startswith("targets are not judged: no input can be paired")
 
 
 @pytest.mark.parametrize("name", ["deberta", "qwen2-moe"])

@@ -21,7 +21,7 @@ from transformers import (
     get_scheduler,
 )
 
-from runs import classification_run
+from runs import class_rows, classification_run, write_rows
 from tsqlora import QualityScores, RankPlan, checkpoints, train
 from tsqlora.checkpoints import InterruptCallback, whole_checkpoints
 from tsqlora.cli import main
@@ -76,6 +76,25 @@ def test_stages_go_on_from_one_another_and_finished_ones_are_kept(tmp_path: Path
     out = ["--out", str(tmp_path / "padded")]
     assert main(["export", str(tmp_path / "run"), "--format", "padded", *out]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
+
+
+def test_other_test_rows_cost_an_evaluation_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = write_rows(tmp_path / "test.jsonl", class_rows(20, seed=3))
+    config = classification_run(tmp_path, **{"data.test": str(test)})
+    folder = train(config)
+    before = json.loads((folder / "metrics.json").read_text())
+    write_rows(test, class_rows(50, seed=4))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("nothing else is to be done again")
+
+    monkeypatch.setattr("tsqlora.pipeline.run_training", never)
+    monkeypatch.setattr(Run, "_adapt", never)
+    after = json.loads((train(config, resume=True) / "metrics.json").read_text())
+    assert after["test"] != before["test"]
+    assert after["validation"] == before["validation"]
 
 
 @pytest.fixture

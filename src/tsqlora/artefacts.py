@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,15 @@ def atomic_write_json(path: str | Path, mapping: Mapping[str, Any]) -> None:
     atomic_write_text(path, text + "\n")
 
 
+def atomic_write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON Lines.
+
+    Raises:
+        RunError: as `os_errors`.
+    """
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON artefact.
 
@@ -199,7 +208,8 @@ def is_temporary(path: Path) -> bool:
 
 
 def prepare_folder(folder: Path, inputs: str) -> None:
-    """Keep what is in `folder` if it was made of the same `inputs` (a digest), else clear it.
+    """Keep what is in `folder` if it was made of the same `inputs` (a digest), else clear it, which
+    is told.
 
     Raises:
         RunError: as `os_errors`.
@@ -210,6 +220,8 @@ def prepare_folder(folder: Path, inputs: str) -> None:
     except RunError:
         same = False
     if not same:
+        if note.exists():
+            logger.warning("%s is of other data or settings, and is made again.", folder)
         remove(folder)
         atomic_write_json(note, {"inputs": inputs})
 

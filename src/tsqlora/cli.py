@@ -45,7 +45,7 @@ def score(arguments: argparse.Namespace) -> Result:
     """Quality scores only: which rows look wrong, ranked for a spreadsheet; a cleaned data set."""
     from tsqlora import processes
     from tsqlora.cleaned import check_clean
-    from tsqlora.score_only import drop_count, leave_files, score_upfront
+    from tsqlora.score_only import drop_count, leave_files
 
     drop, clean = drop_count(arguments.drop), arguments.write_clean and Path(arguments.write_clean)
     if drop is not None and clean is None:
@@ -53,8 +53,8 @@ def score(arguments: argparse.Namespace) -> Result:
     config = _config(arguments)
     if clean is not None:
         check_clean(config.data.train, clean)
-    run = _run(arguments, config)
-    scores = score_upfront(run)
+    run = _run(arguments, config, scoring=True)
+    scores = run.score()
     left = processes.from_main(lambda: leave_files(run, scores, clean, drop))
     return {
         "scores": str(run.folder.scores),
@@ -323,13 +323,15 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig.from_yaml(arguments.config, arguments.set)
 
 
-def _run(arguments: argparse.Namespace, config: RunConfig | None = None) -> Any:
+def _run(
+    arguments: argparse.Namespace, config: RunConfig | None = None, scoring: bool = False
+) -> Any:
     config = config or _config(arguments)
     if _is_first():
         arguments.held.enter_context(claimed(config.output))
     from tsqlora.pipeline import Run
 
-    return Run.start(config, arguments.resume)
+    return Run.start(config, arguments.resume, scoring)
 
 
 def _is_first() -> bool:

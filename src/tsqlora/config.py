@@ -290,7 +290,8 @@ def _checked(mapping: Any) -> tuple[dict[str, Any], list[str]]:
     quality = given.get("quality") or {}
     sharded = {"fsdp", "deepspeed"} & set(values.get("training") or ())
     if sharded and isinstance(quality, Mapping) and quality.get("mode", "auto") == "auto":
-        values["quality"] = replace(values["quality"], mode="upfront")
+        by_mode = {} if "fraction" in quality else {"fraction": None}
+        values["quality"] = replace(values["quality"], mode="upfront", **by_mode)
     if not any(problem.startswith("ranks") for problem in problems):
         problems.extend(rank_conflicts(values["ranks"], given.get("ranks") or {}))
     if not any(problem.startswith("quality") for problem in problems):

@@ -142,11 +142,13 @@ def from_null(u: Floats, null: float, classes: int | None = None) -> Credibility
 
     `null` is how many losses u was taken beside (infinite where that is its distribution itself);
     `classes` is C for classification, None where a permuted target is never right by chance.
-    Nothing is judged (c = 1) when there are too few samples, when f is not flat over the upper
-    half of u, or when the pool looks like the null itself: then the model cannot know.
+    Nothing is judged (c = 1) when there are too few samples or no null, when f is not flat over the
+    upper half of u, or when the pool looks like the null itself: then the model cannot know.
     """
     if len(u) < ENOUGH:
         return unknown(u, f"only {len(u)} samples, too few to judge targets by their losses")
+    if null == 0:
+        return unknown(u, "no wrong ones to compare with")
     density = float(np.mean(u > 0.5) * 2)
     if _is_steep(u, null):
         return unknown(u, "sound but hard samples cannot be told from wrong ones yet", density)

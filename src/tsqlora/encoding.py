@@ -80,6 +80,9 @@ def encode_completions(
         if all(label == IGNORED for label in labels):
             encoded.append(_NOTHING.format("target"))
             continue
+        if labels[0] != IGNORED:
+            encoded.append("no token comes before the target. Fill in the text or drop the row.")
+            continue
         if (eos := tokenizer.eos_token_id) is not None:
             ends = ids[-1] == eos
             ids, labels = [*ids, *[eos] * (not ends)], [*labels[: len(ids) - ends], eos]

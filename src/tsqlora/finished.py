@@ -33,6 +33,7 @@ from tsqlora.model_card import dropped_line, model_card
 from tsqlora.run_folder import RunFolder
 from tsqlora.sharded import is_sharded
 from tsqlora.tasks import Task, make_task
+from tsqlora.training import DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ def finish(config: RunConfig, folder: RunFolder, task: Task, model: PeftModel) -
 
 def measure(config: RunConfig, task: Task, model: nn.Module, rows: Dataset) -> dict[str, float]:
     """The configured metrics of any model on encoded rows, where a training would have the model:
-    on the accelerator, if there is one and `training.use_cpu` does not forbid it."""
+    on the accelerator, if there is one and `training.use_cpu` does not forbid it; by default as
+    many rows at once as it takes."""
     if torch.accelerator.is_available() and not config.training.get("use_cpu"):
         model.to(torch.accelerator.current_accelerator())
-    return evaluate(task, model, rows, config.metrics or task.default_metrics)
+    settings = {**DEFAULTS, **config.training}
+    at_once = settings.get("per_device_eval_batch_size", settings["per_device_train_batch_size"])
+    return evaluate(task, model, rows, config.metrics or task.default_metrics, int(at_once))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from tsqlora.base_task import Task
+from tsqlora.batches import Batch
 from tsqlora.errors import DataError
 from tsqlora.loading import most_tokens, quiet
 from tsqlora.losses import CAUSAL_LM, IGNORED
+from tsqlora.memory import Halving
 from tsqlora.progress import progress
 
 
@@ -30,12 +33,16 @@ def predict(task: Task, model: Any, encoded: Dataset, batch_size: int = 64) -> l
     """
     prompts = [_prompt(task, row) for row in encoded]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    texts = [""] * len(prompts)
+    texts, halving = [""] * len(prompts), Halving()
+
+    def written_after(some: Batch) -> list[str]:
+        return _generate(task, model, [prompts[i] for i in some["labels"].tolist()])
+
     with inference(model), progress("generating", len(order), "samples") as written:
         for start in range(0, len(order), batch_size):
             positions = order[start : start + batch_size]
-            found = _generate(task, model, [prompts[i] for i in positions])
-            for i, text in zip(positions, found, strict=True):
+            found = halving(written_after, {"labels": torch.tensor(positions)})
+            for i, text in zip(positions, chain.from_iterable(found), strict=True):
                 texts[i] = text
             written(len(positions))
     return texts

@@ -159,12 +159,17 @@ class Inputs:
         return self.task.load_model()
 
     def digest(self, stage: str) -> str:
-        """Of everything that `stage` depends on: its keys, and the stages and data before it."""
-        stages, plain = list(NEEDS), self.config.to_dict()
-        before = stages.index(stage)
-        upstream: Any = self.digest(stages[before - 1]) if before else self.fingerprints
+        """Of everything that `stage` depends on: its keys, and the stages and data before it.
+
+        Test rows are of the evaluation alone.
+        """
+        stages, plain, rows = list(NEEDS), self.config.to_dict(), {**self.fingerprints}
+        before, test = stages.index(stage), rows.pop("test", None)
+        upstream: Any = self.digest(stages[before - 1]) if before else rows
         if not before and self.together > 1:
             upstream = [upstream, self.together]
+        if test is not None and stage == "evaluation":
+            upstream = [upstream, test]
         return digest(stage, [_dig(plain, key) for key in NEEDS[stage]], upstream)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from tsqlora.base_task import Task
-from tsqlora.batches import batches, forward_logits
+from tsqlora.batches import Batch, batches, forward_logits
 from tsqlora.config import METRICS
 from tsqlora.errors import ConfigError
 from tsqlora.generation import inference, predict, references
 from tsqlora.losses import CLASSIFICATION, REGRESSION, sample_losses, target_lengths
+from tsqlora.memory import Halving
 from tsqlora.progress import progress
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -42,6 +44,8 @@ def evaluate(
     | exact_match | share of greedy predictions equal to their reference, both stripped |
     | rouge | as rouge1, rouge2, rougeL: mean F-measures from 0 to 1, not stemmed |
     | bleu | sacrebleu's corpus BLEU, from 0 to 100 |
+
+    Batches are halved when memory runs out.
 
     Raises:
         ConfigError: a metric that the kind of task does not have.
@@ -91,20 +95,23 @@ def _forward(
     task: Task, model: nn.Module, encoded: Dataset, batch_size: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """The loss, and for one label or number a sample (predictions, targets) in any order."""
-    losses, weights, predictions, targets = [], [], [], []
+    halving, found = Halving(), list[tuple[np.ndarray, ...]]()
     with inference(model):
         for _, batch in batches(model, encoded, task.collate, batch_size, "evaluating"):
-            logits, labels = forward_logits(model, task.kind, batch), batch["labels"]
-            losses.append(sample_losses(task.kind, logits, labels).double().cpu().numpy())
-            weights.append(target_lengths(task.kind, labels).cpu().numpy())
-            if task.kind in (CLASSIFICATION, REGRESSION):
-                classes = task.kind == CLASSIFICATION
-                predicted = logits.argmax(-1) if classes else logits.float().reshape(-1)
-                predictions.append(predicted.cpu().numpy())
-                targets.append(labels.cpu().numpy())
-    loss = float(np.average(np.concatenate(losses), weights=np.concatenate(weights)))
-    none = [np.zeros(0)]
-    return loss, np.concatenate(predictions or none), np.concatenate(targets or none)
+            found += halving(partial(_measured, task, model), batch)
+    losses, weights, predictions, targets = map(np.concatenate, zip(*found, strict=True))
+    return float(np.average(losses, weights=weights)), predictions, targets
+
+
+def _measured(task: Task, model: nn.Module, batch: Batch) -> tuple[np.ndarray, ...]:
+    """Of a batch: losses, their weights, and for one label or number predictions and targets."""
+    logits, labels = forward_logits(model, task.kind, batch), batch["labels"]
+    losses = sample_losses(task.kind, logits, labels).double().cpu().numpy()
+    weights = target_lengths(task.kind, labels).cpu().numpy()
+    if task.kind not in (CLASSIFICATION, REGRESSION):
+        return losses, weights, np.zeros(0), np.zeros(0)
+    predicted = logits.argmax(-1) if task.kind == CLASSIFICATION else logits.float().reshape(-1)
+    return losses, weights, predicted.cpu().numpy(), labels.cpu().numpy()
 
 
 def _classification(predicted: np.ndarray, true: np.ndarray, classes: int) -> dict[str, Any]:

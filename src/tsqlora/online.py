@@ -53,6 +53,9 @@ SUSPECTED = (
     "targets are not judged: their losses do not tell, but about {share:.0%} of them go with other "
     "inputs as well; `tsqlora score` finds out which"
 )
+UNPAIRED = (
+    "targets are not judged: no input can be paired with another one's target, as in plain text"
+)
 NULL_WINDOWS = 2
 """Pairs of so many last windows make generation's null."""
 
@@ -194,6 +197,8 @@ class OnlineScorer:
         if self.suspicion.confirmed and not self.judge.judged.any():
             said = SUSPECTED.format(share=self.suspicion.share)
             scores = replace(scores, verdict=said)
+        if self._pairs and not any(map(len, self._pairs)):
+            scores = replace(scores, verdict=UNPAIRED)
         if (most := self.raised.max()) > 1:
             said = f"{scores.verdict}; rare classes come up to {most:.1f} times as often"
             scores = replace(scores, verdict=said)

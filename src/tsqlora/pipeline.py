@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from tsqlora.allocation import RankPlan, allocate_ranks
 from tsqlora.artefacts import (
     atomic_file,
     atomic_folder,
-    atomic_write_text,
+    atomic_write_lines,
     prepare_folder,
     read_json,
     remove,
@@ -79,13 +78,20 @@ class Run:
         self.inputs = Inputs(config, folder.encoded)
 
     @classmethod
-    def start(cls, config: RunConfig | str | Path, resume: bool = False) -> Run:
-        """Check configuration, folder and every row of the data before anything long starts."""
+    def start(
+        cls, config: RunConfig | str | Path, resume: bool = False, scoring: bool = False
+    ) -> Run:
+        """Check configuration, folder and every row of the data before anything long starts.
+
+        For `scoring` alone, which is upfront whatever `quality.mode` the training has that may
+        follow: the folder keeps the configuration as it was given."""
         processes.join()
         wanted = config if isinstance(config, RunConfig) else RunConfig.from_yaml(config)
         check_config(wanted)
         folder = processes.from_main(lambda: RunFolder.create(wanted.output, wanted, resume))
         processes.require_shared(folder.path)
+        if scoring:
+            wanted = replace(wanted, quality=replace(wanted.quality, mode="upfront"))
         run = cls(wanted, folder)
         if not processes.is_main():
             logger.setLevel(logging.WARNING)
@@ -268,7 +274,8 @@ class Run:
             run_training(trainer, checkpoint, self.folder.tensorboard)
         keep_scores(trainer, self.folder)
         if processes.is_main():
-            self._save_log(trainer.state.log_history)
+            log = [x for x in trainer.state.log_history if {"loss", "eval_loss"} & x.keys()]
+            atomic_write_lines(self.folder.train_log, log)
             record_parameters(self.folder, starting.trained_parameters(model, plan))
         finish(self.config, self.folder, self.inputs.task, model)
         if processes.is_main():
@@ -300,9 +307,9 @@ class Run:
         """What the run left, once it is trained."""
         return FinishedRun(self.config, self.folder)
 
-    @property
+    @cached_property
     def first(self) -> Adaptation:
-        """How stage 0 goes, by the mode that there is now: scoring alone has its own."""
+        """How stage 0 goes."""
         return first_steps(self.config, len(self.inputs.splits.train), self.inputs.together)
 
     @property
@@ -329,11 +336,9 @@ class Run:
     def _planned_model(self, plan: RankPlan) -> PeftModel:
         self.warm_model  # noqa: B018  its state is there, whichever stages were skipped
         self.__dict__.pop("warm_model", None)  # its memory is wanted
-        state = load_file(self.folder.warmup / "state.safetensors")
+        base, state = self.inputs.base_model(), load_file(self.folder.warmup / "state.safetensors")
         directions = starting.first_directions(self.config, self.folder)
-        return starting.planned_model(
-            self.config, self.inputs.base_model(), plan, state, directions
-        )
+        return starting.planned_model(self.config, base, plan, state, directions)
 
     def _sampler(self, scores: QualityScores) -> QualitySampler:
         if self.config.quality.preset == "paper":  # one draw, kept
@@ -342,9 +347,4 @@ class Run:
 
     def _save_moves(self, moves: Sequence[Reallocation]) -> None:
         if processes.is_main():
-            lines = [json.dumps(move.to_dict()) + "\n" for move in moves]
-            atomic_write_text(self.folder.ranks, "".join(lines))
-
-    def _save_log(self, log: Sequence[dict[str, Any]]) -> None:
-        lines = [json.dumps(line) + "\n" for line in log if {"loss", "eval_loss"} & line.keys()]
-        atomic_write_text(self.folder.train_log, "".join(lines))
+            atomic_write_lines(self.folder.ranks, (move.to_dict() for move in moves))

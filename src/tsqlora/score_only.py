@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +69,6 @@ def adaptation_steps(rows: int) -> int:
     epochs = LARGE_EPOCHS if rows >= LARGE else EPOCHS
     steps = max(epochs * epoch, min(LEAST_STEPS, MOST_EPOCHS * epoch))
     return min(steps, max(MOST_STEPS, epoch))
-
-
-def score_upfront(run: Run) -> QualityScores:
-    """The scores under a brief adaptation, whatever `quality.mode` the training has.
-
-    The run folder keeps the configuration as it was given, so that the training can follow in it.
-    """
-    if run.config.quality.mode != "upfront":
-        quality = replace(run.config.quality, mode="upfront")
-        run.config = run.inputs.config = replace(run.config, quality=quality)
-    return run.score()
 
 
 def drop_count(given: str | None) -> float | int | None:

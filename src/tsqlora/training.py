@@ -118,6 +118,8 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
             "training.save_only_model leaves out what --resume needs; for no checkpoints at all "
             "use save_strategy: 'no'."
         )
+    if arguments.resume_from_checkpoint:
+        raise ConfigError("training.resume_from_checkpoint: `tsqlora train --resume` does that.")
     return arguments
 
 
