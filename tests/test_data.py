@@ -352,6 +352,13 @@ def test_a_source_that_is_not_there_is_named(source: str, message: str) -> None:
     assert str(caught.value).startswith("data.test: ")
 
 
+def test_a_slice_of_a_file_is_not_called_missing(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match=r"leave them out, .* data\.max_train_samples"):
+        load_dataset(f"{file}[:50]", "data.train")
+
+
 def test_files_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "1.jsonl", [{"a": 1}])
     write_lines(tmp_path / "2.jsonl", [{"a": "x"}])

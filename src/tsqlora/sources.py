@@ -99,6 +99,11 @@ def _load(source: str, split: str | None) -> Dataset:
     name, asked = _parts(source)
     if os.path.isdir(name):
         return _choose_split(_load_saved(name), name, asked, split)
+    if asked is not None and Path(name).is_file():
+        raise DataError(
+            f"{source}: brackets choose rows of a hub data set or a saved folder; of a file leave "
+            "them out, and take fewer rows by data.max_train_samples."
+        )
     looks_like_path = name.startswith((".", os.sep)) or name.count(os.sep) > 1
     if looks_like_path or Path(name).suffix.lower() in READERS or glob.has_magic(name):
         raise DataError(f"there is no file {name} (from {os.getcwd()}). Check the path.")
