@@ -352,6 +352,19 @@ def test_a_source_that_is_not_there_is_named(source: str, message: str) -> None:
     assert str(caught.value).startswith("data.test: ")
 
 
+@given(st.lists(st.integers(0, 9), min_size=6, max_size=40), st.integers(0, 99))
+def test_of_every_class_a_row_stays_in_training(labels: list[int], seed: int) -> None:
+    dataset = Dataset.from_dict({"id": [*range(len(labels))], "label": labels})
+    train, validation = split_validation(dataset, 0.3, seed, "label")
+    assert {*train["label"]} == {*labels}
+    assert sorted([*train["id"], *validation["id"]]) == dataset["id"][:]
+    plain = split_validation(dataset, 0.3, seed)[1]["id"][:]
+    moved = {*plain} - {*validation["id"]}
+    assert {*validation["id"]} < {*plain} or not moved
+    known = {labels[i] for i in range(len(labels)) if i not in plain}
+    assert len(moved) == len({*labels} - known)
+
+
 def test_a_slice_of_a_file_is_not_called_missing(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"a": 1}\n')

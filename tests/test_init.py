@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tsqlora.cli import main
 from tsqlora.config import RunConfig
 from tsqlora.data import load_dataset
 from tsqlora.errors import DataError
+from tsqlora.labels import label_name
 from tsqlora.looking import choose_columns, look
 
 Rows = list[dict[str, Any]]
@@ -323,3 +326,49 @@ def test_of_a_chat_the_template_s_own_words_count_as_length(make: Any, tmp_path:
     assert isinstance(row, dict)
     assert exact <= seen.lengths[2] <= exact + 2, "start and end"
     assert len(row["input_ids"]) > len(tokenizer("the film is good")["input_ids"])
+
+
+def test_dates_are_shown_and_left_aside(tmp_path: Path) -> None:
+    days = [datetime(2026, 1, 1 + i % 7) for i in range(60)]
+    texts = [f"a text of {i} words" for i in range(60)]
+    rows = {"text": texts, "label": ["a", "b"] * 30, "created": days}
+    Dataset.from_dict(rows).to_parquet(str(tmp_path / "reviews.parquet"))
+    dataset = load_dataset(str(tmp_path / "reviews.parquet"), "data.train")
+    chosen = choose_columns(look(dataset))
+    assert (chosen.task, chosen.data) == ("classification", {"text": "text", "target": "label"})
+
+
+def test_whole_decimals_are_class_labels_as_whole_floats_are() -> None:
+    assert [label_name(value) for value in (Decimal("3"), Decimal("3.00"), 3.0)] == ["3"] * 3
+    with pytest.raises(DataError, match="no class label"):
+        label_name(Decimal("3.5"))
+
+
+def test_an_empty_chat_is_a_missing_one_and_hides_no_column() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    dataset = Dataset.from_dict({"messages": [turns, [], turns]})
+    (column,) = look(dataset)
+    assert (column.kind, column.missing) == ("chat", 1)
+
+
+@pytest.mark.parametrize("name", ["Question: what", "q {en}", "a[0]"])
+def test_a_column_that_no_template_can_hold_is_named(name: str) -> None:
+    rows = {
+        name: [f"what is {i} and why" for i in range(9)],
+        "answer": [f"it is {i}" * 3 for i in range(9)],
+    }
+    with pytest.raises(DataError, match="cannot stand in a template: rename it"):
+        choose_columns(look(Dataset.from_dict(rows)), "causal-lm")
+
+
+def test_test_rows_of_a_class_that_training_lacks_are_not_taken(tmp_path: Path) -> None:
+    rows = [{"text": f"some text {i}", "label": i % 2} for i in range(60)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", [{**row, "label": -1} for row in rows])
+    model = save_bert(tmp_path / "model")
+    out = tmp_path / "mine.yaml"
+    assert (
+        main(["init", str(tmp_path / "train.jsonl"), "--model", str(model), "--out", str(out)]) == 0
+    )
+    assert RunConfig.from_yaml(out).data.test is None
+    assert "which training lacks" in out.read_text()

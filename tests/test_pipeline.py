@@ -78,6 +78,15 @@ def test_stages_go_on_from_one_another_and_finished_ones_are_kept(tmp_path: Path
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
 
 
+def test_no_rank_moves_beyond_the_highest_that_was_asked_for(tmp_path: Path) -> None:
+    changes = {"ranks": {"mean_rank": 4, "max_rank": 4, "rule": "uniform"}}
+    folder = train(classification_run(tmp_path, **changes))
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert max([config["r"], *config["rank_pattern"].values()]) == 4
+    lines = (folder / "ranks.jsonl").read_text().splitlines()
+    assert all(max(json.loads(line)["ranks"].values()) <= 4 for line in lines)
+
+
 def test_other_test_rows_cost_an_evaluation_and_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

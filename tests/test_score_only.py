@@ -241,9 +241,47 @@ def test_parquet_keeps_types_and_metadata_and_files_become_one(tmp_path: Path) -
     both = [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]
     assert write_clean(both, "train", [0], tmp_path / "all.csv") == 1
     assert (tmp_path / "all.csv").read_text() == "text,label\ny,2\n"
-    (tmp_path / "2.csv").write_text("other,label\ny,2\n")
-    with pytest.raises(DataError, match="has other columns than"):
-        write_clean(both, "train", [], tmp_path / "all.csv")
+
+
+def test_files_that_begin_with_a_mark_of_their_encoding_become_one(tmp_path: Path) -> None:
+    for ending, rows in {
+        "csv": ("text,label\na,1\n", "text,label\nb,2\nc,3\n"),
+        "jsonl": (
+            '{"text": "a", "label": 1}\n',
+            '{"text": "b", "label": 2}\n{"text": "c", "label": 3}\n',
+        ),
+    }.items():
+        both = [tmp_path / f"{name}.{ending}" for name in "12"]
+        for path, text in zip(both, rows, strict=True):
+            path.write_text(text, encoding="utf-8-sig")
+        out = tmp_path / f"out.{ending}"
+        assert write_clean([*map(str, both)], "train", [1], out) == 2
+        assert load_dataset(str(out), "data.train")["text"][:] == ["a", "c"]
+
+
+def test_csv_files_whose_columns_stand_in_another_order_become_one(tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text("text,label\na,x\n")
+    (tmp_path / "2.csv").write_text("label,text\ny,b\nz,c\n")
+    both = [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]
+    assert write_clean(both, "train", [1], tmp_path / "all.csv") == 2
+    assert (tmp_path / "all.csv").read_text() == "text,label\na,x\nc,z\n"
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u3000", "\u0085", " \t"])
+def test_a_line_of_any_space_is_no_row_to_either_side(tmp_path: Path, blank: str) -> None:
+    lines = ['{"text": "a"}', blank, '{"text": "b"}', '{"text": "c"}']
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = load_dataset(str(source), "data.train")["text"][:]
+    write_clean(str(source), "train", [1], tmp_path / "out.jsonl")
+    kept = load_dataset(str(tmp_path / "out.jsonl"), "data.train")["text"][:]
+    assert kept == [rows[0], *rows[2:]] == ["a", "c"]
+
+
+def test_a_file_in_the_way_is_told_before_scoring(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "train.jsonl", [{"a": 1}])
+    with pytest.raises(DataError, match=r"train\.jsonl is a file, not a folder"):
+        check_clean(str(source), source / "clean.jsonl")
 
 
 def test_a_saved_folder_is_written_with_its_records_and_own_ids(tmp_path: Path) -> None:

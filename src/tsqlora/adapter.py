@@ -142,16 +142,17 @@ def _same(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:
     return a is not None and b is not None and a[0] == b[0] and math.isclose(a[1], b[1])
 
 
-def add_headroom(model: nn.Module, components: int) -> None:
+def add_headroom(model: nn.Module, components: int, most: int | None = None) -> None:
     """Room for `components` more in every adapted module, pruned from the start: same function.
+
+    None beyond `most` components of a module.
 
     To be called before the optimizer has state and before the model is wrapped for data-parallel
     training: the parameters stay the same objects but grow in shape.
     """
     modules = lora_modules(model)
-    set_physical_ranks(
-        model, {m.name: max(m.rank, min(m.rank + components, *m.shape)) for m in modules}
-    )
+    rooms = {m.name: min(m.rank + components, most or m.rank + components) for m in modules}
+    set_physical_ranks(model, {m.name: max(m.rank, min(rooms[m.name], *m.shape)) for m in modules})
 
 
 def set_physical_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:

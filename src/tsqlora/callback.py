@@ -37,6 +37,7 @@ class DynamicRankCallback(TrainerCallback):
         compact: once ranks are frozen, give back the memory and time of pruned components; in a
             single process only.
         resume_from: the checkpoint the Trainer will resume from; needed where it was compacted.
+        max_rank: that no module grows beyond.
         on_moves: called with all reallocations so far whenever there is a new one, and on resume.
 
     Raises:
@@ -54,7 +55,9 @@ class DynamicRankCallback(TrainerCallback):
         compact: bool = False,
         resume_from: str | Path | None = None,
         sensitivity: LayerSensitivity | None = None,
+        max_rank: int | None = None,
     ) -> None:
+        self.max_rank = max_rank
         self.plan, self.headroom, self.schedule, self.seed = plan, headroom, schedule, seed
         self.on_moves, self.compact, self.resume_from = on_moves, compact, resume_from
         self.sensitivity = sensitivity
@@ -70,7 +73,7 @@ class DynamicRankCallback(TrainerCallback):
         if self.plan is not None:
             check_adapts(model, self.plan)
         if self.resume_from is None:
-            add_headroom(model, self.headroom)
+            add_headroom(model, self.headroom, self.max_rank)
         else:
             set_physical_ranks(model, _read(Path(self.resume_from))["physical"])
         self._ready = True

@@ -39,6 +39,8 @@ def check_clean(source: Source, out: Path) -> None:
         raise DataError(f"--write-clean {out}: the name must end in {', '.join(WRITTEN)}.")
     if out.is_dir():
         raise DataError(f"--write-clean {out} is a folder: name a file in it.")
+    if above := next((each for each in out.absolute().parents if each.is_file()), None):
+        raise DataError(f"--write-clean {out}: {above} is a file, not a folder.")
     for each in map(os.path.expanduser, listed(source)):
         for file in source_files(each):
             if out.exists() and os.path.samefile(file, out):
@@ -56,19 +58,21 @@ def check_clean(source: Source, out: Path) -> None:
 def write_clean(source: Source, split: str, dropped: Collection[int], out: Path) -> int:
     """Write the rows of `source` but those of the numbers `dropped`, in their order.
 
-    From JSON Lines to JSON Lines, and from CSV to CSV (TSV to TSV), each row is the same bytes;
-    Parquet keeps types and metadata. Else rows are converted. Returns the number of rows written.
+    From JSON Lines to JSON Lines, and from CSV to CSV (TSV to TSV) of one header, each row is the
+    same bytes; Parquet keeps types and metadata. Else rows are converted. Returns the number of
+    rows written.
 
     Raises:
-        DataError: CSV files of different headers are to be one, or a value does not fit the kind.
+        DataError: a value does not fit the kind.
     """
     files = [file for each in listed(source) for file in source_files(os.path.expanduser(each))]
     kinds = {Path(file).suffix.lower() for file in files}
     suffix = out.suffix.lower()
     whole = all(source_files(os.path.expanduser(each)) for each in listed(source))
+    alike = files and whole and kinds == {suffix} and (suffix not in TABLES or _one_header(files))
     gone = set(dropped)
     with atomic_file(out) as temporary:
-        if not (files and whole and kinds == {suffix}):
+        if not alike:
             return _converted(source, split, gone, temporary, suffix)
         if suffix == ".parquet":
             return _parquet(files, gone, temporary)
@@ -77,32 +81,38 @@ def write_clean(source: Source, split: str, dropped: Collection[int], out: Path)
             return _copied(files, records, gone, opened)
 
 
+def _one_header(files: list[str]) -> bool:
+    """Whether all CSV files begin with the same line."""
+
+    def header(file: str) -> bytes:
+        names = (raw for is_row, raw in _records(Path(file)) if is_row is None)
+        return next(names, b"").strip().removeprefix(BOM)
+
+    return len(set(map(header, files))) == 1
+
+
 def _copied(files: list[str], records: Records, gone: set[int], opened: BinaryIO) -> int:
     number = written = 0
     ended = True
-    header: bytes | None = None
-    for file in files:
-        for is_row, raw in records(Path(file)):
+    for later, file in enumerate(files):
+        for line, (is_row, raw) in enumerate(records(Path(file))):
             if is_row and number in gone:
                 number += 1
                 continue
-            if is_row is None:  # the header of a CSV
-                if header is not None:
-                    if raw.strip() != header:
-                        raise DataError(f"{file} has other columns than {files[0]}.")
-                    continue
-                header = raw.strip().removeprefix(BOM)
+            if is_row is None and later:
+                continue  # the header of a CSV, which is there
             number, written = number + bool(is_row), written + bool(is_row)
+            raw = raw.removeprefix(BOM) if later and line == 0 else raw
             opened.write((b"" if ended else b"\n") + raw)
             ended = raw.endswith(b"\n")
     return written
 
 
 def _lines(path: Path) -> Iterator[tuple[bool | None, bytes]]:
-    """(is a row, bytes) of each line; empty lines are none."""
+    """(is a row, bytes) of each line; those that are blank to the reader of the data are none."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
-            yield bool((line.removeprefix(BOM) if number == 0 else line).strip()), line
+            yield bool(line.decode("utf-8" if number else "utf-8-sig").strip()), line
 
 
 def _records(path: Path) -> Iterator[tuple[bool | None, bytes]]:

@@ -48,8 +48,12 @@ def load_dataset(source: Source, where: str) -> Dataset:
         raise DataError(f"{where}: {error}") from None
 
 
-def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def split_validation(
+    dataset: Dataset, fraction: float, seed: int, classes: str | None = None
+) -> tuple[Dataset, Dataset]:
     """Split off a random `fraction` for validation; both parts keep the ids and their order.
+
+    Of each class that the column `classes` names a row stays in training.
 
     Raises:
         DataError: one of the parts would be empty.
@@ -62,7 +66,14 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
             f"{rows - held_out} for training. Choose another fraction or name a file."
         )
     order = np.random.default_rng(seed).permutation(rows)
-    return dataset.select(np.sort(order[held_out:])), dataset.select(np.sort(order[:held_out]))
+    kept, held = order[held_out:], order[:held_out]
+    if classes in dataset.column_names:
+        labels = dataset[classes][:]
+        known = {labels[i] for i in kept}
+        first = {labels[i]: i for i in reversed(held) if labels[i] not in known}
+        moved = np.isin(held, [*first.values()])
+        kept, held = np.append(kept, held[moved]), held[~moved]
+    return dataset.select(np.sort(kept)), dataset.select(np.sort(held))
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

@@ -94,7 +94,7 @@ class FinishedRun:
             self.task.save_tokenizers(folder)
             if format != "merged":
                 dropped = dropped_line(self.folder.scores)
-                card = model_card(self.config, self.task, dropped)
+                card = model_card(self.config, self.task, dropped, padded=format == "padded")
                 atomic_write_text(folder / "README.md", card)
         return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,7 +141,7 @@ def _plain(source: Source) -> Any:
 def _yaml(value: Any) -> str:
     """A value on one line."""
     if isinstance(value, str) and not value.isprintable():
-        return json.dumps(value)  # YAML's own would be folded
+        return yaml.safe_dump(value, default_style='"', width=math.inf).strip()  # not folded
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.strip().removesuffix("...").strip()
 

@@ -96,7 +96,9 @@ class Inputs:
         if isinstance(data.validation, str | tuple):
             splits["validation"] = load_dataset(data.validation, "data.validation")
         elif data.validation is not None:
-            parts = split_validation(splits["train"], data.validation, self.config.seed)
+            classes = data.target if self.config.task == CLASSIFICATION else None
+            train, share = splits["train"], data.validation
+            parts = split_validation(train, share, self.config.seed, classes)
             splits["train"], splits["validation"] = parts
         if data.max_train_samples is not None:
             splits["train"] = subset(splits["train"], data.max_train_samples, self.config.seed)

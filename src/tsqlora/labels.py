@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ def label_name(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+    if isinstance(value, int) or (isinstance(value, float | Decimal) and value == value // 1):
         return str(value) if isinstance(value, bool) else str(int(value))
     raise DataError(
         f"{value!r} is no class label. Use whole numbers or names, or `task: regression`."

@@ -27,9 +27,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
 from tsqlora.chats import as_turn
@@ -122,8 +124,8 @@ def _column(dataset: Dataset, name: str, values: Sequence[Any]) -> Column:
     missing = dataset.data.column(name).null_count
     if not there:
         return Column(name, OTHER, 0, missing, 0.0)
-    if any(isinstance(value, list | dict | bytes) for value in there):
-        return Column(name, CHAT if _is_chat(there) else OTHER, len(there), missing, 0.0)
+    if not all(isinstance(value, str | int | float | Decimal) for value in there):
+        return _of_lists(dataset, name, there, missing)
     distinct, words = len(set(there)), 0.0
     if isinstance(there[0], str):
         words = sum(len(value.split()) for value in there) / len(there)
@@ -135,6 +137,15 @@ def _column(dataset: Dataset, name: str, values: Sequence[Any]) -> Column:
     elif kind == NUMBERS and distinct == len(there) and isinstance(there[0], int):
         kind = NUMBERS if named_as_label(name) else OTHER  # numbers of rows
     return Column(name, kind, distinct, missing, words)
+
+
+def _of_lists(dataset: Dataset, name: str, there: Sequence[Any], missing: int) -> Column:
+    """A column of chats, of which empty ones are missing, or of what is neither text nor number."""
+    said = [value for value in there if value != []]
+    if not said or not _is_chat(said):
+        return Column(name, OTHER, len(there), missing, 0.0)
+    lengths = pc.list_value_length(dataset.data.column(name).combine_chunks())
+    return Column(name, CHAT, len(said), missing + pc.sum(pc.equal(lengths, 0)).as_py(), 0.0)
 
 
 def _could_be_names(values: Sequence[Any]) -> bool:
@@ -175,6 +186,9 @@ def choose_columns(
     if not inputs:
         raise DataError(f"no column of {_said(columns)} looks like text. {_NAME_IT}")
     data: dict[str, Any] = {"text": text if given else _spec(inputs, kind, chosen)}
+    for name in () if given else inputs:
+        if set("{}") & set(name) or (set("[:!") & set(name) and data["text"] not in inputs):
+            raise DataError(f"the column {name!r} cannot stand in a template: rename it.")
     if chosen is not None:
         data["target"] = chosen
     return Chosen(kind, data, why, others)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tsqlora.config import DataConfig, RunConfig
 from tsqlora.credibility import drawable
 from tsqlora.quality import QualityScores
+from tsqlora.sources import said
 from tsqlora.tasks import Task
 
 _LOADERS = {
@@ -34,7 +35,7 @@ model = {loader}.from_pretrained("path/to/this/folder"{heads})
 model = model.merge_and_unload()  # optional: a plain model, as fast as the base
 ```
 
-PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export RUN --format padded`.
+{served}
 
 {prompt}
 {labels}"""
@@ -55,20 +56,25 @@ def prompt_line(data: DataConfig) -> str:
     if data.messages is not None:
         return "Input: the turns of a chat, by the tokenizer's chat template."
     specs = [data.text] if isinstance(data.text, str) else list(data.text or ())
-    said = " and ".join(f"`{json.dumps(spec, ensure_ascii=False)}`" for spec in specs)
+    names = " and ".join(f"`{json.dumps(spec, ensure_ascii=False)}`" for spec in specs)
     if data.chat:
-        return f"Input: {said} as the user's turn, by the tokenizer's chat template."
-    return f"Input: {said}{', as a pair' * (len(specs) > 1)}."
+        return f"Input: {names} as the user's turn, by the tokenizer's chat template."
+    return f"Input: {names}{', as a pair' * (len(specs) > 1)}."
 
 
-def model_card(config: RunConfig, task: Task, dropped: str = "") -> str:
+def model_card(config: RunConfig, task: Task, dropped: str = "", padded: bool = False) -> str:
     """The card's text; `dropped` as `dropped_line` says it."""
+    served = "PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export RUN "
+    served += "--format padded`."
+    if padded:
+        served = "PEFT, vLLM, llama.cpp, TGI and SGLang take it as it is: of one rank throughout."
     heads = f", num_labels={max(len(task.labels), 1)}" if task.peft_task_type == "SEQ_CLS" else ""
     labels = [f"{i}: {name}" for i, name in enumerate(task.labels)]
     return _CARD.format(
         model=config.model,
         kind=task.kind,
-        data=config.data.train,
+        data=said(config.data.train),
+        served=served,
         loader=_LOADERS[task.peft_task_type],
         heads=heads,
         dropped=dropped,

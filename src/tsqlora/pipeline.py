@@ -83,8 +83,7 @@ class Run:
     ) -> Run:
         """Check configuration, folder and every row of the data before anything long starts.
 
-        For `scoring` alone, which is upfront whatever `quality.mode` the training has that may
-        follow: the folder keeps the configuration as it was given."""
+        For `scoring` alone it is upfront; the folder keeps the configuration as given."""
         processes.join()
         wanted = config if isinstance(config, RunConfig) else RunConfig.from_yaml(config)
         check_config(wanted)
@@ -253,6 +252,7 @@ class Run:
             seed=self.config.seed,
             on_moves=self._save_moves,
             compact=self.config.ranks.compact,
+            max_rank=self.config.ranks.max_rank,
             resume_from=checkpoint,
             sensitivity=starting.first_directions(self.config, self.folder),
         )

@@ -117,7 +117,6 @@ def see(
     notes = _notes(columns, chosen, dataset)
     if suggested in MODELS["seq2seq"] and _foreign(texts):
         notes.append(f"{suggested} knows the Latin script best: set a model of your language.")
-    validation, test = _splits(source, len(dataset), chosen, notes)
     classes: tuple[str, ...] = ()
     if chosen.task == "classification":
         target = chosen.data["target"]
@@ -128,6 +127,7 @@ def see(
                 f"{target!r} is the name of the column and of a class in it: if the file has no "
                 "header give it one, as its first row is taken for that."
             )
+    validation, test = _splits(source, len(dataset), chosen, classes, notes)
     return Seen(
         source, len(dataset), columns, chosen, classes, suggested, lengths, counted,
         validation, test, notes,
@@ -165,14 +165,14 @@ def _as_chat(chosen: Chosen, given: bool) -> Chosen:
 
 
 def _splits(
-    source: Source, rows: int, chosen: Chosen, notes: list[str]
+    source: Source, rows: int, chosen: Chosen, classes: Sequence[str], notes: list[str]
 ) -> tuple[str | float | None, str | None]:
     """The validation and test that lie beside the source, or a share of its rows."""
     single = listed(source)
     there = beside(single[0]) if len(single) == 1 else {}
     usable = {}
     for split, found in there.items():
-        if why := _unusable(found, f"data.{split}", chosen):
+        if why := _unusable(found, f"data.{split}", chosen, classes):
             notes.append(f"{found} is not taken for {split}: {why}")
         else:
             usable[split] = found
@@ -182,7 +182,7 @@ def _splits(
     return usable.get("validation", fraction), usable.get("test")
 
 
-def _unusable(source: str, where: str, chosen: Chosen) -> str:
+def _unusable(source: str, where: str, chosen: Chosen, classes: Sequence[str]) -> str:
     """Why a split cannot be measured on, or nothing."""
     try:
         rows = load_dataset(source, where)
@@ -194,6 +194,9 @@ def _unusable(source: str, where: str, chosen: Chosen) -> str:
         values = rows[target][:]
         if None in values or (isinstance(rows.features[target], ClassLabel) and -1 in values):
             return f"{target!r} is missing in some of its rows."
+        named = dict.fromkeys(str(value) for value in rows.unique(target)) if classes else {}
+        if not isinstance(rows.features[target], ClassLabel) and (new := named.keys() - {*classes}):
+            return f"{target!r} is {min(new)!r} in some of its rows, which training lacks."
     return ""
 
 

@@ -118,6 +118,8 @@ def training_arguments(settings: Mapping[str, Any], output: Path, seed: int) -> 
             "training.save_only_model leaves out what --resume needs; for no checkpoints at all "
             "use save_strategy: 'no'."
         )
+    if arguments.max_steps == 0:
+        raise ConfigError("training.max_steps: 0 trains nothing; leave it out to go by epochs.")
     if arguments.resume_from_checkpoint:
         raise ConfigError("training.resume_from_checkpoint: `tsqlora train --resume` does that.")
     return arguments
