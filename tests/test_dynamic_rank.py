@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -55,6 +56,24 @@ def test_ranks_move_and_the_budget_holds_at_every_step() -> None:
         assert sum(move.pruned.values()) > 0
         assert sum(move.grown.values()) > 0
     assert ranks.history[-1].ranks == active_ranks(model)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(["llama", "bert", "gpt2"]), st.integers(0, 2), st.integers(0, 99))
+def test_what_one_module_may_not_take_goes_to_the_others(name: str, least: int, seed: int) -> None:
+    """Targets lie between the lowest rank and what each has room for, and no more is left of the
+    budget than a component of the cheapest that may still grow."""
+    model, plan = planned_model(name)
+    add_headroom(model.train(), 2)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    ranks = DynamicRank(model, optimizer, 12, plan, min_rank=least)
+    modules, current = lora_modules(model), active_ranks(model)
+    random = np.random.default_rng(seed)
+    target = ranks._target(current, {m.name: random.exponential() ** 3 for m in modules})
+    assert all(max(least, 1) <= target[m.name] <= m.rank for m in modules)
+    left = ranks.budget - sum(target[m.name] * sum(m.shape) for m in modules)
+    assert left >= 0
+    assert all(left < sum(m.shape) for m in modules if target[m.name] < m.rank)
 
 
 @settings(deadline=None, max_examples=8)
@@ -154,18 +173,21 @@ def test_the_callback_moves_ranks_in_a_plain_trainer(tmp_path: Path) -> None:
 
 
 def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    def run(folder: Path, stop: int | None = None) -> Any:
+    def run(folder: Path, stop: Path | None = None, **where: Any) -> Any:
         model, _ = planned_model("llama")
-        callback = DynamicRankCallback(schedule=OFTEN)
+        callback = DynamicRankCallback(schedule=OFTEN, **where)
         trainer = trainer_of(model, folder, callback, save_strategy="steps", save_steps=9)
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}") if stop else None)
+        trainer.train(resume_from_checkpoint=stop and str(stop))
         return model
 
-    whole = run(tmp_path)
-    resumed = run(tmp_path, stop=9)
-    assert active_ranks(whole) == active_ranks(resumed)
-    for a, b in zip(lora_parameters(whole), lora_parameters(resumed), strict=True):
-        assert torch.equal(a, b)
+    whole, stop = run(tmp_path / "one"), tmp_path / "one/checkpoint-9"
+    with pytest.raises(TrainingError, match=r"DynamicRankCallback\(resume_from="):
+        run(tmp_path / "two", stop)
+    elsewhere = run(tmp_path / "three", stop, resume_from=stop)
+    for resumed in (run(tmp_path / "one", stop), elsewhere):
+        assert active_ranks(whole) == active_ranks(resumed)
+        for a, b in zip(lora_parameters(whole), lora_parameters(resumed), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_nothing_silently_does_nothing(tmp_path: Path) -> None:

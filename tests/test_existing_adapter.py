@@ -13,7 +13,12 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import tsqlora as tsq
 from runs import WORDS, classification_run, save_model, write_rows
@@ -204,6 +209,19 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "DoRA": (lambda folder: saved(folder, use_dora=True), {}, "DoRA"),
     "an embedding": (lambda f: saved(f, target_modules=["embed_tokens"]), {}, "embedding"),
     "PiSSA": (lambda f: said(f, init_lora_weights="pissa"), {}, "changed its base"),
+    "LoRA-GA": (lambda f: said(f, init_lora_weights="lora_ga"), {}, "changed its base"),
+    "trained tokens": (lambda f: said(f, trainable_token_indices=[1, 2]), {}, "trained tokens"),
+    "another task": (lambda f: said(f, task_type="SEQ_CLS"), {}, "was trained as SEQ_CLS"),
+    "no head": (
+        saved,
+        {"task": "classification", "metrics": None, "data.target": "text"},
+        "not for classification",
+    ),
+    "no task": (
+        lambda f: said(f, task_type=None),
+        {"task": "classification", "metrics": None, "data.target": "text"},
+        "holds no head for classification",
+    ),
     "IA3": (lambda f: said(f, peft_type="IA3"), {}, "is IA3"),
     "broken": (lambda f: said(f, peft_type=None), {}, "is None"),
     "targets": (
@@ -262,6 +280,27 @@ def test_what_plan_prints_is_the_plan_in_plain_peft(scale: float, tmp_path: Path
     )
     assert ranks_and_scales(get_peft_model(plain(), made)) == wanted
     assert ("whole alphas" in paste(plan, "axolotl", tmp_path)) == (scale == 0.3)
+
+
+def test_what_plan_prints_trains_the_head_and_what_is_trained_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"adapter.modules_to_save": ["pooler"], "adapter.dropout": 0.1}
+    config = classification_run(tmp_path, **changes)
+    assert main(["plan", str(config), "--format", "peft"]) == 0
+    text = capsys.readouterr().out
+    made = eval(text[text.index("LoraConfig(") :], {"LoraConfig": LoraConfig})
+    assert made.lora_dropout == 0.1
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3)
+    model = get_peft_model(base, made)
+    trained = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    whole = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert any("classifier" in name for name in whole), trained
+    assert any("pooler" in name for name in whole)
+    assert main(["plan", str(config), "--format", "axolotl", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "lora_modules_to_save:" in said
+    assert "lora_dropout: 0.1" in said
 
 
 @pytest.mark.parametrize("trainer", ["axolotl", "llamafactory"])

@@ -23,6 +23,7 @@ from transformers import (
 
 from runs import class_rows, classification_run, write_rows
 from tsqlora import QualityScores, RankPlan, checkpoints, train
+from tsqlora.artefacts import read_lines
 from tsqlora.checkpoints import InterruptCallback, whole_checkpoints
 from tsqlora.cli import main
 from tsqlora.config import AdapterConfig, RunConfig
@@ -116,10 +117,11 @@ def listening() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("evaluated", ["no", "epoch"])
 def test_a_signal_saves_a_checkpoint_and_resume_goes_on_to_the_identical_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsaved = {"training.save_strategy": "no"}
+    unsaved = {"training.save_strategy": "no", "training.eval_strategy": evaluated}
     adapter = train(classification_run(tmp_path, **unsaved)) / "adapter/adapter_model.safetensors"
     run = tmp_path / "interrupted"
     config = str(classification_run(tmp_path, output=str(run), **unsaved))
@@ -133,6 +135,9 @@ def test_a_signal_saves_a_checkpoint_and_resume_goes_on_to_the_identical_adapter
     assert main(["train", config, "--resume"]) == 0
     resumed = run / "adapter/adapter_model.safetensors"
     assert resumed.read_bytes() == adapter.read_bytes()
+    logs = [read_lines(folder / "train_log.jsonl") for folder in (tmp_path / "run", run)]
+    once, again = ([line["step"] for line in log if "eval_loss" in line] for log in logs)
+    assert once == again, "an epoch that was left in the middle is not evaluated there"
 
 
 def interrupted_at(step: int, number: int) -> type[InterruptCallback]:

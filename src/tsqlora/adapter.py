@@ -81,7 +81,8 @@ def _whole(value: float) -> int:
 
 def changes_base(config: LoraConfig) -> bool:
     """Whether PEFT's initialisation of such an adapter also changed the weights of its base."""
-    return str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq"))
+    kinds = ("pissa", "olora", "corda", "loftq", "lora_ga")
+    return str(config.init_lora_weights).startswith(kinds)
 
 
 def check_plan(model: nn.Module, plan: RankPlan) -> None:

@@ -97,13 +97,14 @@ def allocate_ranks(
     mean_rank: float | None = None,
     parameters: int | None = None,
     min_rank: int = 0,
-    max_rank: int = 32,
+    max_rank: int | Mapping[str, int] = 32,
     scale: float | None = None,
     rule: str = PROPORTIONAL,
 ) -> RankPlan:
     """Ranks by sensitivity, exactly within a budget of parameters.
 
-    Σ r_m (in_m + out_m) ≤ budget, min_rank ≤ r_m ≤ min(max_rank, in_m, out_m), and what is left of
+    Σ r_m (in_m + out_m) ≤ budget, min_rank ≤ r_m ≤ min(max_rank, in_m, out_m), which may differ by
+    module, and what is left of
     the budget is less than one more rank of the cheapest module that may still grow. The budget is
     `parameters`, or `mean_rank` in every module (8 where neither is given).
 
@@ -120,7 +121,7 @@ def allocate_ranks(
     """
     shapes = sensitivity.shapes
     budget = check_ranks(shapes, mean_rank, parameters, min_rank, max_rank)
-    caps = {name: min(max_rank, *shape) for name, shape in shapes.items()}
+    caps = _caps(shapes, max_rank)
     ranks = dict.fromkeys(sorted(shapes), min_rank)
     left = budget - sum(min_rank * sum(shape) for shape in shapes.values())
     worth = worth_by(rule, sensitivity)
@@ -148,7 +149,7 @@ def check_ranks(
     mean_rank: float | None = None,
     parameters: int | None = None,
     min_rank: int = 0,
-    max_rank: int = 32,
+    max_rank: int | Mapping[str, int] = 32,
 ) -> int:
     """The budget of `allocate_ranks` for modules of these shapes, which need no sensitivity yet.
 
@@ -156,9 +157,15 @@ def check_ranks(
         ConfigError: as `allocate_ranks`.
     """
     budget = _budget(shapes, mean_rank, parameters)
-    caps = {name: min(max_rank, *shape) for name, shape in shapes.items()}
-    _check_bounds(shapes, caps, budget, min_rank)
+    _check_bounds(shapes, _caps(shapes, max_rank), budget, min_rank)
     return budget
+
+
+def _caps(
+    shapes: Mapping[str, tuple[int, int]], max_rank: int | Mapping[str, int]
+) -> dict[str, int]:
+    most = dict.fromkeys(shapes, max_rank) if isinstance(max_rank, int) else max_rank
+    return {name: min(most[name], *shape) for name, shape in shapes.items()}
 
 
 def _budget(

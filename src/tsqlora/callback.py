@@ -37,7 +37,7 @@ class DynamicRankCallback(TrainerCallback):
         compact: once ranks are frozen, give back the memory and time of pruned components; in a
             single process only.
         resume_from: the checkpoint the Trainer will resume from; needed where it was compacted.
-        max_rank: that no module grows beyond.
+        bounds: the lowest and the highest rank that a module may come to (None: by headroom).
         on_moves: called with all reallocations so far whenever there is a new one, and on resume.
 
     Raises:
@@ -55,9 +55,9 @@ class DynamicRankCallback(TrainerCallback):
         compact: bool = False,
         resume_from: str | Path | None = None,
         sensitivity: LayerSensitivity | None = None,
-        max_rank: int | None = None,
+        bounds: tuple[int, int | None] = (0, None),
     ) -> None:
-        self.max_rank = max_rank
+        self.bounds = bounds
         self.plan, self.headroom, self.schedule, self.seed = plan, headroom, schedule, seed
         self.on_moves, self.compact, self.resume_from = on_moves, compact, resume_from
         self.sensitivity = sensitivity
@@ -73,7 +73,7 @@ class DynamicRankCallback(TrainerCallback):
         if self.plan is not None:
             check_adapts(model, self.plan)
         if self.resume_from is None:
-            add_headroom(model, self.headroom, self.max_rank)
+            add_headroom(model, self.headroom, self.bounds[1])
         else:
             set_physical_ranks(model, _read(Path(self.resume_from))["physical"])
         self._ready = True
@@ -100,10 +100,11 @@ class DynamicRankCallback(TrainerCallback):
             self.schedule,
             self.seed,
             sensitivity=self.sensitivity,
+            min_rank=self.bounds[0],
         )
         if state.global_step:
-            checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            self.ranks.load_state_dict(_read(checkpoint))
+            here = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            self.ranks.load_state_dict(_read(Path(self.resume_from or here)))
         self._inside = before_steps(kwargs["optimizer"], self._before_step)
         self._tell()
 
@@ -174,6 +175,9 @@ class DynamicRankCallback(TrainerCallback):
 def _read(checkpoint: Path) -> dict[str, Any]:
     saved = checkpoint / STATE_FILE
     if not saved.exists():
-        raise TrainingError(f"{saved} is missing: this checkpoint holds no dynamic ranks.")
+        raise TrainingError(
+            f"{saved} is missing: this checkpoint holds no dynamic ranks. Where another is resumed "
+            "from, name it: DynamicRankCallback(resume_from=...)."
+        )
     state: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8"))
     return state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
 from pathlib import Path
@@ -111,6 +112,14 @@ class InterruptCallback(TrainerCallback):
             self.asked = processes.largest(self.asked or 0) or None
         if self.asked is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A training that was stopped within an epoch has not ended it: an evaluation then would
+        be one that a training left alone never makes, and what goes on after it another one."""
+        if self.asked is not None and not math.isclose(state.epoch or 0, round(state.epoch or 0)):
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 class SealCallback(TrainerCallback):

@@ -72,13 +72,19 @@ def plan(arguments: argparse.Namespace) -> Result:
     made = run.plan()
     if arguments.format:
         from tsqlora.pasting import PEFT, paste
-        from tsqlora.starting import first_directions, save_untrained, untrained_model
+        from tsqlora.starting import (
+            first_directions,
+            planned_config,
+            save_untrained,
+            untrained_model,
+        )
 
         if arguments.format != PEFT:
             directions = first_directions(run.config, run.folder)
             model = untrained_model(run.config, run.inputs.base_model(), made, directions)
             save_untrained(model, run.folder.untrained)
-        return {"paste": paste(made, arguments.format, run.folder.untrained.resolve())}
+        like = planned_config(run.config, made)
+        return {"paste": paste(made, arguments.format, run.folder.untrained.resolve(), like)}
     return {
         "plan": str(run.folder.plan),
         "parameters": made.parameters,

@@ -90,7 +90,8 @@ class DynamicRank:
     `headroom` is how many components more every module may grow to; with none a module takes back
     only what it lost. It is made here, so before the optimizer has stepped and before accelerate or
     DistributedDataParallel gets the model. With a `plan` the budget and first ranks are the plan's.
-    With a `sensitivity` that has directions a grown component takes its module's next one.
+    With a `sensitivity` that has directions a grown component takes its module's next one. No
+    module is pruned below `min_rank`, nor below 1.
 
     Gradients may be clipped and scaled (GradScaler) before or after; steps that a loss scaler skips
     are not looked at. The learning rate and its schedule are not touched.
@@ -115,17 +116,16 @@ class DynamicRank:
         seed: int = 0,
         headroom: int = 0,
         sensitivity: LayerSensitivity | None = None,
+        min_rank: int = 0,
     ) -> None:
         if total_steps < 1:
-            raise TrainingError(
-                f"total_steps = {total_steps}: dynamic ranks need to know the length."
-            )
+            raise TrainingError(f"total_steps = {total_steps}: ranks need to know the length.")
         if plan is not None:
             check_adapts(model, plan)
         if headroom:
             require_early(model, optimizer)
             add_headroom(model, headroom)
-        self.model, self.modules = model, lora_modules(model)
+        self.model, self.modules, self.min_rank = model, lora_modules(model), min_rank
         self.optimizer, self.rows = optimizer, FreshRows(self.modules, sensitivity, seed)
         self._understood = self._drifts = False
         self.schedule = schedule or RankSchedule()
@@ -290,16 +290,15 @@ class DynamicRank:
             name: (self.planned[name] * (demand[name] / total) ** 0.5) ** 0.5 for name in current
         }
         shapes = {m.name: m.shape for m in self.modules if weights[m.name] > 0}
-        if not shapes:
-            return current
+        floor = max(self.min_rank, 1)
         fixed = sum(current[m.name] * sum(m.shape) for m in self.modules if m.name not in shapes)
         sensitivity = LayerSensitivity("demand", {n: weights[n] for n in shapes}, shapes)
         most = {m.name: m.rank for m in self.modules}
-        plan = allocate_ranks(
-            sensitivity, parameters=self.budget - fixed, max_rank=max(most.values())
-        )
-        wanted = {name: min(max(rank, 1), most[name]) for name, rank in plan.ranks.items()}
-        return {**current, **wanted}
+        left = self.budget - fixed
+        if not shapes or left < floor * sum(map(sum, shapes.values())):
+            return current
+        plan = allocate_ranks(sensitivity, None, left, min_rank=floor, max_rank=most)
+        return {**current, **plan.ranks}
 
     def _prune_above(
         self, current: dict[str, int], target: dict[str, int], observed: Observed

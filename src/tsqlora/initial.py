@@ -21,19 +21,22 @@ from tsqlora.artefacts import digest
 from tsqlora.config import RunConfig
 from tsqlora.errors import ModelError
 from tsqlora.loading import load_config, quiet
-from tsqlora.lora_layers import lora_modules
+from tsqlora.lora_layers import PEFT_TASK_TYPES, lora_modules
 from tsqlora.targets import linear_names
 
 logger = logging.getLogger("tsqlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+HEADS = {"classifier", "score"}
+"""What PEFT takes for the head of a SEQ_CLS model."""
 NAMED = 3
 """At most so many modules that do not fit are named."""
 _REFUSED = {
     "use_dora": "DoRA",
     "target_parameters": "expert parameters",
     "alora_invocation_tokens": "aLoRA",
+    "trainable_token_indices": "trained tokens",
 }
 
 
@@ -142,9 +145,17 @@ class InitialAdapter:
                 )
 
     def _conflicts(self, skeleton: nn.Module, config: RunConfig) -> Iterator[str]:
-        wanted = config.adapter.target_modules
-        if wanted != "all-linear":
-            named = {n for n in linear_names(skeleton) if _matches(n, wanted)}
+        wanted, found = PEFT_TASK_TYPES[config.task], self.config.task_type
+        if found not in (wanted, None):
+            yield f"adapter.init: {self.folder} was trained as {found}, not for {config.task}."
+        elif found is None and wanted == "SEQ_CLS" and not HEADS & set(self.modules_to_save):
+            yield (
+                f"adapter.init: {self.folder} holds no head for {config.task}, through which its "
+                "layers are measured: give one trained with task_type SEQ_CLS, or leave it out."
+            )
+        modules = config.adapter.target_modules
+        if modules != "all-linear":
+            named = {n for n in linear_names(skeleton) if _matches(n, modules)}
             other = sorted(named ^ set(self.shapes))
             if other:
                 yield (

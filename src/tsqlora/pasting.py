@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+
 from tsqlora.adapter import lora_config
 from tsqlora.allocation import RankPlan
 from tsqlora.errors import ConfigError
@@ -19,8 +21,10 @@ PEFT, AXOLOTL, LLAMAFACTORY = "peft", "axolotl", "llamafactory"
 TRAINERS = (PEFT, AXOLOTL, LLAMAFACTORY)
 
 
-def paste(plan: RankPlan, trainer: str, untrained: Path) -> str:
+def paste(plan: RankPlan, trainer: str, untrained: Path, like: LoraConfig | None = None) -> str:
     """The text for `trainer`; `untrained` is the plan as an adapter, for those without patterns.
+
+    Task, modules that are trained whole and dropout are those of `like`.
 
     Raises:
         ConfigError: the trainer is unknown, or the plan adapts no module.
@@ -34,12 +38,21 @@ def paste(plan: RankPlan, trainer: str, untrained: Path) -> str:
         "target_modules": sorted(config.target_modules or ()),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
+        **({} if like is None else _beside(like)),
     }
     title = (
         f"# {plan.parameters} of {plan.budget} parameters, {len(plan.adapted)} of "
         f"{len(plan.ranks)} modules, alpha / r = {plan.scale:g} in each\n"
     )
     return title + _WRITERS[trainer](fields, untrained)
+
+
+def _beside(like: LoraConfig) -> dict[str, Any]:
+    """What an adapter has beside its ranks, where it has it."""
+    task = like.task_type and str(getattr(like.task_type, "value", like.task_type))
+    whole = list(like.modules_to_save or ())
+    found = {"task_type": task, "modules_to_save": whole, "lora_dropout": like.lora_dropout}
+    return {key: value for key, value in found.items() if value}
 
 
 def _peft(fields: Mapping[str, Any], untrained: Path) -> str:
@@ -75,6 +88,10 @@ def _axolotl(fields: Mapping[str, Any], untrained: Path) -> str:
         if fields[key]:
             lines.append(f"lora_{key}:")
             lines += [f"  {_yaml(name)}: {value}" for name, value in fields[key].items()]
+    if whole := fields.get("modules_to_save"):
+        lines += ["lora_modules_to_save:", *(f"  - {_yaml(name)}" for name in whole)]
+    if dropout := fields.get("lora_dropout"):
+        lines.append(f"lora_dropout: {dropout}")
     return note + "\n".join(lines)
 
 

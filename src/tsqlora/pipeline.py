@@ -252,7 +252,7 @@ class Run:
             seed=self.config.seed,
             on_moves=self._save_moves,
             compact=self.config.ranks.compact,
-            max_rank=self.config.ranks.max_rank,
+            bounds=(self.config.ranks.min_rank, self.config.ranks.max_rank),
             resume_from=checkpoint,
             sensitivity=starting.first_directions(self.config, self.folder),
         )

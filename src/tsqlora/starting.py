@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
@@ -54,6 +54,13 @@ def first_model(config: RunConfig, base: PreTrainedModel) -> PeftModel:
     return initial.load(base, config.scale)
 
 
+def planned_config(config: RunConfig, plan: RankPlan) -> LoraConfig:
+    """The plan's adapter as PEFT has it, with what the run trains whole."""
+    initial = initial_adapter(config)
+    whole = config.adapter.modules_to_save if initial is None else initial.modules_to_save
+    return lora_config(plan, PEFT_TASK_TYPES[config.task], whole, config.adapter.dropout)
+
+
 def untrained_model(
     config: RunConfig,
     base: PreTrainedModel,
@@ -61,11 +68,8 @@ def untrained_model(
     sensitivity: LayerSensitivity | None = None,
 ) -> PeftModel:
     """`base` under the plan's adapter, B = 0, A along the directions of `sensitivity`, if given."""
-    initial = initial_adapter(config)
-    whole = config.adapter.modules_to_save if initial is None else initial.modules_to_save
     set_seed(config.seed)
-    planned = lora_config(plan, PEFT_TASK_TYPES[config.task], whole, config.adapter.dropout)
-    model = wrap(base, planned)
+    model = wrap(base, planned_config(config, plan))
     check_plan(model, plan)
     if sensitivity is not None:
         start_from_gradient(model, sensitivity)
