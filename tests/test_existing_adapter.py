@@ -213,7 +213,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "trained tokens": (lambda f: said(f, trainable_token_indices=[1, 2]), {}, "trained tokens"),
     "another task": (lambda f: said(f, task_type="SEQ_CLS"), {}, "was trained as SEQ_CLS"),
     "no head": (
-        saved,
+        lambda f: said(f, task_type="CAUSAL_LM"),
         {"task": "classification", "metrics": None, "data.target": "text"},
         "not for classification",
     ),
