@@ -2,12 +2,13 @@
 
 They are trained on as all others are, and never doubted. How often says what the others are worth
 beside them. Where a share ρ of the targets says nothing of its input (as if drawn at random), a
-sample's gradient is (1 - ρ) g + noise, and the combination of the two kinds that finds g best
-weighs a sample of the pool by 1 - ρ. So a trusted row is drawn
+sample's gradient is (1 - ρ) g + noise, and were the noise of both kinds as large, the combination
+that finds g best would weigh a sample of the pool by 1 - ρ. That of wrong targets is larger, the
+more so the longer they are not learnt, and a trusted row is drawn
 
-    k = 1 / (1 - ρ)
+    k = min(30, 1 / (1 - ρ)³)
 
-times as often. ρ follows from losses, as shares u of the losses of wrong targets below them
+times as often; of the powers 1, 2 and 3 the last was best (benchmarks/LOG.md). ρ follows from losses, as shares u of the losses of wrong targets below them
 (`credibility.py`): uniform where a target says nothing, so that
 
     mean u = (1 - ρ) mean u' + ρ / 2,
@@ -30,7 +31,9 @@ from tsqlora.errors import DataError
 UNKNOWN = 3.0
 """How often trusted rows of the half that is no control are drawn as long as ρ is not known."""
 MOST = 0.9
-"""ρ at most, so that a trusted row comes at most ten times as often."""
+"""ρ at most."""
+POWER, MOST_OFTEN = 3, 30.0
+"""Of 1 / (1 - ρ) in k, and k at most."""
 KNOWS, CLEAR = 3.0, 2.0
 """Standard errors by which the control's mean u must lie below that of wrong targets, ½, and below
 the pool's."""
@@ -88,4 +91,4 @@ def random_share(u: Floats, control: Floats) -> float:
 def worth(random: float, left_out: float) -> float:
     """k, where a share of the pool is left out, taken for a part of `random`, its ρ."""
     left = max(0.0, random - left_out) / max(1e-9, 1 - left_out)
-    return 1 / (1 - min(left, MOST))
+    return min(MOST_OFTEN, (1 - min(left, MOST)) ** -POWER)
