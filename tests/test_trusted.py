@@ -188,16 +188,16 @@ def test_a_trusted_row_is_drawn_k_times_as_often_and_never_doubted() -> None:
     assert scorer.inclusion()[shown].tolist() == [UNKNOWN] * 10
     assert scorer.inclusion().sum() == 110 + 10 * UNKNOWN
     scorer.judge.random = 0.75  # type: ignore[union-attr]
-    np.testing.assert_allclose(scorer.inclusion(), [1.0] * 100 + [4.0] * 20)
+    np.testing.assert_allclose(scorer.inclusion(), [1.0] * 100 + [MOST_OFTEN] * 20)
     times = np.zeros(120)
     for epoch in range(200):
         np.add.at(times, rounds(scorer.inclusion(), 1.0, 0, epoch), 1)
-    assert times[100:].mean() / times[:100].mean() == pytest.approx(4, rel=0.02)
+    assert times[100:].mean() / times[:100].mean() == pytest.approx(MOST_OFTEN, rel=0.02)
     doubted = np.where(np.arange(100) < 50, 0.0, 1.0)
     for _ in range(2):
         scorer.judge.close(np.arange(100), Credibility(doubted, 0.5, ""))  # type: ignore
     q = scorer.inclusion()
-    np.testing.assert_allclose(q[100:], 2.0)  # half is left out, so of the others half is random
+    np.testing.assert_allclose(q[100:], 8.0)  # half is left out, so of the others half is random
     np.testing.assert_allclose(q[50:100], 1.0)
     assert (q[:50] < 0.1).all()
     again = scorer_of(CLASSIFICATION, 100, 20)

@@ -8,8 +8,9 @@ more so the longer they are not learnt, and a trusted row is drawn
 
     k = min(30, 1 / (1 - ρ)³)
 
-times as often; of the powers 1, 2 and 3 the last was best (benchmarks/LOG.md). ρ follows from losses, as shares u of the losses of wrong targets below them
-(`credibility.py`): uniform where a target says nothing, so that
+times as often; of the powers 1, 2 and 3 the last was best (benchmarks/LOG.md). ρ follows from
+losses, as shares u of the losses of wrong targets below them (`credibility.py`): uniform where a
+target says nothing, so that
 
     mean u = (1 - ρ) mean u' + ρ / 2,
 
