@@ -355,6 +355,11 @@ def test_a_source_that_is_not_there_is_named(source: str, message: str) -> None:
 @given(st.lists(st.integers(0, 9), min_size=6, max_size=40), st.integers(0, 99))
 def test_of_every_class_a_row_stays_in_training(labels: list[int], seed: int) -> None:
     dataset = Dataset.from_dict({"id": [*range(len(labels))], "label": labels})
+    drawn = split_validation(dataset, 0.3, seed)[1]["label"][:]
+    if all(labels.count(label) == drawn.count(label) == 1 for label in drawn):
+        with pytest.raises(DataError, match="the only one of its class"):
+            split_validation(dataset, 0.3, seed, "label")
+        return
     train, validation = split_validation(dataset, 0.3, seed, "label")
     assert {*train["label"]} == {*labels}
     assert sorted([*train["id"], *validation["id"]]) == dataset["id"][:]
@@ -363,6 +368,11 @@ def test_of_every_class_a_row_stays_in_training(labels: list[int], seed: int) ->
     assert {*validation["id"]} < {*plain} or not moved
     known = {labels[i] for i in range(len(labels)) if i not in plain}
     assert len(moved) == len({*labels} - known)
+
+
+def test_a_split_leaves_lists_of_labels_to_the_check_that_names_them() -> None:
+    dataset = Dataset.from_dict({"id": [*range(9)], "label": [[0, 1]] * 9})
+    assert len(split_validation(dataset, 0.3, 0, "label")[1]) == 3
 
 
 def test_a_slice_of_a_file_is_not_called_missing(tmp_path: Path) -> None:

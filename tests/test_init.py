@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runs import write_rows
 from tiny_text import CHAT_TEMPLATE, save_bart, save_bert, save_llama
@@ -20,6 +22,7 @@ from tsqlora.cli import main
 from tsqlora.config import RunConfig
 from tsqlora.data import load_dataset
 from tsqlora.errors import DataError
+from tsqlora.first_config import _yaml
 from tsqlora.labels import label_name
 from tsqlora.looking import choose_columns, look
 
@@ -340,8 +343,28 @@ def test_dates_are_shown_and_left_aside(tmp_path: Path) -> None:
 
 def test_whole_decimals_are_class_labels_as_whole_floats_are() -> None:
     assert [label_name(value) for value in (Decimal("3"), Decimal("3.00"), 3.0)] == ["3"] * 3
-    with pytest.raises(DataError, match="no class label"):
-        label_name(Decimal("3.5"))
+    for none in (Decimal("3.5"), Decimal("Infinity"), float("inf")):
+        with pytest.raises(DataError, match="no class label"):
+            label_name(none)
+
+
+@given(st.text(min_size=1))
+def test_any_name_of_a_column_is_one_line_that_yaml_reads_back(name: str) -> None:
+    line = _yaml(name)
+    assert "\n" not in line
+    assert yaml.safe_load(f"text: {line}") == {"text": name}
+
+
+def test_whole_numbers_written_as_floats_are_the_classes_of_training(tmp_path: Path) -> None:
+    rows = [{"text": f"some text {i}", "label": i % 2} for i in range(60)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(
+        tmp_path / "test.jsonl", [{**row, "label": float(i % 2)} for i, row in enumerate(rows)]
+    )
+    out, model = tmp_path / "mine.yaml", save_bert(tmp_path / "model")
+    train = str(tmp_path / "train.jsonl")
+    assert main(["init", train, "--model", str(model), "--out", str(out)]) == 0
+    assert RunConfig.from_yaml(out).data.test is not None
 
 
 def test_an_empty_chat_is_a_missing_one_and_hides_no_column() -> None:

@@ -241,6 +241,9 @@ def test_parquet_keeps_types_and_metadata_and_files_become_one(tmp_path: Path) -
     both = [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]
     assert write_clean(both, "train", [0], tmp_path / "all.csv") == 1
     assert (tmp_path / "all.csv").read_text() == "text,label\ny,2\n"
+    (tmp_path / "2.csv").write_text("other,label\ny,2\n")
+    with pytest.raises(DataError, match="has other columns than"):
+        write_clean(both, "train", [], tmp_path / "all.csv")
 
 
 def test_files_that_begin_with_a_mark_of_their_encoding_become_one(tmp_path: Path) -> None:

@@ -152,8 +152,9 @@ def add_headroom(model: nn.Module, components: int, most: int | None = None) -> 
     training: the parameters stay the same objects but grow in shape.
     """
     modules = lora_modules(model)
-    rooms = {m.name: min(m.rank + components, most or m.rank + components) for m in modules}
-    set_physical_ranks(model, {m.name: max(m.rank, min(rooms[m.name], *m.shape)) for m in modules})
+    bound = () if most is None else (most,)
+    rooms = {m.name: min(m.rank + components, *m.shape, *bound) for m in modules}
+    set_physical_ranks(model, {m.name: max(m.rank, rooms[m.name]) for m in modules})
 
 
 def set_physical_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:

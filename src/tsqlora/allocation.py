@@ -103,10 +103,10 @@ def allocate_ranks(
 ) -> RankPlan:
     """Ranks by sensitivity, exactly within a budget of parameters.
 
-    Σ r_m (in_m + out_m) ≤ budget, min_rank ≤ r_m ≤ min(max_rank, in_m, out_m), which may differ by
-    module, and what is left of
+    Σ r_m (in_m + out_m) ≤ budget, min_rank ≤ r_m ≤ min(max_rank, in_m, out_m), and what is left of
     the budget is less than one more rank of the cheapest module that may still grow. The budget is
-    `parameters`, or `mean_rank` in every module (8 where neither is given).
+    `parameters`, or `mean_rank` in every module (8 where neither is given); `max_rank` may be given
+    by module.
 
     From min_rank on, the next rank goes to the largest worth w_m(r_m + 1) by `rule`
     (`rank_rules.py`; `proportional`, S_m / (r_m + 1), is the paper's r_m ∝ S_m) among the modules

@@ -63,7 +63,7 @@ def write_clean(source: Source, split: str, dropped: Collection[int], out: Path)
     rows written.
 
     Raises:
-        DataError: a value does not fit the kind.
+        DataError: CSV files of other columns are to be one, or a value does not fit the kind.
     """
     files = [file for each in listed(source) for file in source_files(os.path.expanduser(each))]
     kinds = {Path(file).suffix.lower() for file in files}
@@ -82,13 +82,19 @@ def write_clean(source: Source, split: str, dropped: Collection[int], out: Path)
 
 
 def _one_header(files: list[str]) -> bool:
-    """Whether all CSV files begin with the same line."""
+    """Whether all CSV files begin with the same line, or merely name the same columns."""
+    headers = []
+    for file in map(Path, files):
+        found = next((raw for is_row, raw in _records(file) if is_row is None), b"")
+        headers.append(found.removeprefix(BOM).strip())
+        if _names(headers[-1], file) != _names(headers[0], Path(files[0])):
+            raise DataError(f"{file} has other columns than {files[0]}.")
+    return len(set(headers)) == 1
 
-    def header(file: str) -> bytes:
-        names = (raw for is_row, raw in _records(Path(file)) if is_row is None)
-        return next(names, b"").strip().removeprefix(BOM)
 
-    return len(set(map(header, files))) == 1
+def _names(header: bytes, file: Path) -> list[str]:
+    lines = header.decode().splitlines()
+    return sorted(next(csv.reader(lines, delimiter=delimiter_of(file)), []))
 
 
 def _copied(files: list[str], records: Records, gone: set[int], opened: BinaryIO) -> int:

@@ -157,8 +157,8 @@ class RanksConfig:
 
     `parameters` replaces the default `mean_rank`; every module's rank is from `min_rank` (0: left
     out) to `max_rank`. `rule` says how ranks follow from sensitivity (formulas in `rank_rules.py`).
-    `dynamic` ranks move while training; with `compact` the model is
-    cut to its true ranks once they no longer move, in a single process: less memory and time.
+    `dynamic` ranks move while training; with `compact` the model is cut to its true ranks once they
+    no longer move, in a single process: less memory and time.
     """
 
     mean_rank: _Positive | None = 8

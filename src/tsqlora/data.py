@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetInfo,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+)
 from numpy.typing import NDArray
 
 from tsqlora.columns import blocks_of, column
@@ -67,12 +75,17 @@ def split_validation(
         )
     order = np.random.default_rng(seed).permutation(rows)
     kept, held = order[held_out:], order[:held_out]
-    if classes in dataset.column_names:
+    if isinstance(dataset.features.get(classes), ClassLabel | Value):
         labels = dataset[classes][:]
         known = {labels[i] for i in kept}
         first = {labels[i]: i for i in reversed(held) if labels[i] not in known}
         moved = np.isin(held, [*first.values()])
         kept, held = np.append(kept, held[moved]), held[~moved]
+        if not len(held):
+            raise DataError(
+                f"data.validation: each of the {held_out} rows for it is the only one of its class "
+                "that training would have. Choose a larger fraction or name a file."
+            )
     return dataset.select(np.sort(kept)), dataset.select(np.sort(held))
 
 

@@ -31,7 +31,7 @@ def label_name(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int) or (isinstance(value, float | Decimal) and value == value // 1):
+    if isinstance(value, int) or (isinstance(value, float | Decimal) and float(value).is_integer()):
         return str(value) if isinstance(value, bool) else str(int(value))
     raise DataError(
         f"{value!r} is no class label. Use whole numbers or names, or `task: regression`."

@@ -16,6 +16,11 @@ _LOADERS = {
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
 }
+_COMPACT = (
+    "PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export RUN --format "
+    "padded`."
+)
+_PADDED = "PEFT, vLLM, llama.cpp, TGI and SGLang take it as it is: of one rank throughout."
 _CARD = """---
 base_model: {model}
 library_name: peft
@@ -64,17 +69,13 @@ def prompt_line(data: DataConfig) -> str:
 
 def model_card(config: RunConfig, task: Task, dropped: str = "", padded: bool = False) -> str:
     """The card's text; `dropped` as `dropped_line` says it."""
-    served = "PEFT and vLLM take it as it is; llama.cpp, TGI and SGLang need `tsqlora export RUN "
-    served += "--format padded`."
-    if padded:
-        served = "PEFT, vLLM, llama.cpp, TGI and SGLang take it as it is: of one rank throughout."
     heads = f", num_labels={max(len(task.labels), 1)}" if task.peft_task_type == "SEQ_CLS" else ""
     labels = [f"{i}: {name}" for i, name in enumerate(task.labels)]
     return _CARD.format(
         model=config.model,
         kind=task.kind,
         data=said(config.data.train),
-        served=served,
+        served=_PADDED if padded else _COMPACT,
         loader=_LOADERS[task.peft_task_type],
         heads=heads,
         dropped=dropped,

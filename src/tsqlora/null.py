@@ -51,7 +51,8 @@ def null_of_outputs(parts: Measured, kind: str, seed: int) -> Null:
     if kind != CLASSIFICATION:
         return kept(losses, real), column(int(real.sum()), np.int32)
     found = kept(losses, real), kept(wrong_labels, real, np.int32)
-    rare = [k for k in distinct(labels) if np.count_nonzero(found[1] == k) < ENOUGH]
+    counts = np.bincount(found[1], minlength=int(labels.max()) + 1)
+    rare = [k for k in map(int, distinct(labels)) if counts[k] < ENOUGH]
     return _with_rare(found, rare, parts, labels, seed) if rare else found
 
 
@@ -66,7 +67,7 @@ def _with_rare(
         of_it = np.isin(positions, chosen)
         own, logits = labels[positions[of_it]], torch.tensor(outputs[of_it])
         for k in rare:
-            wrong = torch.full((len(own),), int(k))
+            wrong = torch.full((len(own),), k)
             losses.append(as_numpy(sample_losses(CLASSIFICATION, logits, wrong))[own != k])
             named.append(np.full(len(losses[-1]), k, np.int32))
     return np.concatenate(losses), np.concatenate(named)

@@ -24,21 +24,21 @@ TRAINERS = (PEFT, AXOLOTL, LLAMAFACTORY)
 def paste(plan: RankPlan, trainer: str, untrained: Path, like: LoraConfig | None = None) -> str:
     """The text for `trainer`; `untrained` is the plan as an adapter, for those without patterns.
 
-    Task, modules that are trained whole and dropout are those of `like`.
+    `like` is the plan as PEFT's configuration, with task, modules trained whole and dropout.
 
     Raises:
         ConfigError: the trainer is unknown, or the plan adapts no module.
     """
     if trainer not in TRAINERS:
         raise ConfigError(f"Unknown format {trainer!r}: {', '.join(TRAINERS)}.")
-    config = lora_config(plan)
+    config = like or lora_config(plan)
     fields = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "target_modules": sorted(config.target_modules or ()),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
-        **({} if like is None else _beside(like)),
+        **_beside(config),
     }
     title = (
         f"# {plan.parameters} of {plan.budget} parameters, {len(plan.adapted)} of "
@@ -47,12 +47,10 @@ def paste(plan: RankPlan, trainer: str, untrained: Path, like: LoraConfig | None
     return title + _WRITERS[trainer](fields, untrained)
 
 
-def _beside(like: LoraConfig) -> dict[str, Any]:
+def _beside(config: LoraConfig) -> dict[str, Any]:
     """What an adapter has beside its ranks, where it has it."""
-    task = like.task_type and str(getattr(like.task_type, "value", like.task_type))
-    whole = list(like.modules_to_save or ())
-    found = {"task_type": task, "modules_to_save": whole, "lora_dropout": like.lora_dropout}
-    return {key: value for key, value in found.items() if value}
+    names = ("task_type", "modules_to_save", "lora_dropout")
+    return {name: value for name in names if (value := getattr(config, name))}
 
 
 def _peft(fields: Mapping[str, Any], untrained: Path) -> str:

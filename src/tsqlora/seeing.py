@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from tsqlora.data import load_dataset, require_columns
 from tsqlora.errors import DataError
-from tsqlora.labels import class_names, label_notes
+from tsqlora.labels import class_names, label_name, label_notes
 from tsqlora.lengths import lengths_of, templated, texts_of
 from tsqlora.loading import load_tokenizer
 from tsqlora.looking import LOOKED_AT, Chosen, Column, choose_columns, look, named_as_label
@@ -187,17 +187,21 @@ def _unusable(source: str, where: str, chosen: Chosen, classes: Sequence[str]) -
     try:
         rows = load_dataset(source, where)
         require_columns(rows, chosen.columns, where)
+        return _bad_target(rows, chosen.data.get("target"), classes)
     except DataError as error:
         return str(error)
-    target = chosen.data.get("target")
-    if target in rows.column_names:
-        values = rows[target][:]
-        if None in values or (isinstance(rows.features[target], ClassLabel) and -1 in values):
-            return f"{target!r} is missing in some of its rows."
-        named = dict.fromkeys(str(value) for value in rows.unique(target)) if classes else {}
-        if not isinstance(rows.features[target], ClassLabel) and (new := named.keys() - {*classes}):
-            return f"{target!r} is {min(new)!r} in some of its rows, which training lacks."
-    return ""
+
+
+def _bad_target(rows: Dataset, target: Any, classes: Sequence[str]) -> str:
+    if target not in rows.column_names:
+        return ""
+    values, numbered = rows[target][:], isinstance(rows.features[target], ClassLabel)
+    if None in values or (numbered and -1 in values):
+        return f"{target!r} is missing in some of its rows."
+    if not classes or numbered:
+        return ""
+    new = set(map(label_name, values)) - {*classes}
+    return f"{target!r} is {min(new)!r} in some of its rows, which training lacks." if new else ""
 
 
 def _notes(columns: Sequence[Column], chosen: Chosen, dataset: Dataset) -> list[str]:
