@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from tiny import DECODERS, ENCODERS, KINDS, SEQ2SEQ, tiny_batch, tiny_model, with_lora
@@ -165,6 +165,20 @@ def test_warm_start_keeps_the_function_where_ranks_suffice() -> None:
         best = u[:, :2] * s[:2] @ vh[:2]
         assert (thin.b.weight @ thin.a.weight - best).abs().max() < 1e-5
         assert torch.allclose(thin.a.weight.norm(dim=1), torch.tensor(3**-0.5))
+
+
+def test_warm_start_keeps_the_function_where_a_module_is_narrower_than_the_rank() -> None:
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 3))
+        return get_peft_model(body, LoraConfig(r=8, target_modules=["0", "1"]))
+
+    warm, cold = model(), model()
+    for module in lora_modules(warm):
+        torch.nn.init.normal_(module.b.weight)
+    warm_start(cold, trainable_state(warm))
+    inputs = torch.randn(5, 4)
+    assert (cold(inputs) - warm(inputs)).abs().max() < 1e-4
 
 
 def test_a_plan_that_did_not_take_is_reported() -> None:

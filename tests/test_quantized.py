@@ -19,11 +19,12 @@ from transformers import (
 from reference import looped_sensitivity
 from runs import WORDS, classification_run, save_model, write_rows
 from serving import served
-from tiny import collate, rows_of, tiny_batch, with_lora
+from tiny import collate, rows_of, tiny_batch, tiny_model, with_lora
 from tsqlora import layer_sensitivity
 from tsqlora.cli import main
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.export import export_adapter
+from tsqlora.loading import load_config, load_model
 from tsqlora.lora_layers import base_weight, is_quantized
 from tsqlora.pipeline import Run
 from tsqlora.quantized import Quantization, keep_exact
@@ -186,6 +187,26 @@ def test_what_cannot_be_had_is_refused_before_a_row_is_read(
     assert ("pip install 'tsqlora[quantized]'" if missing else "4 bits on mps") in said
     assert "nowhere" not in said
     assert not list((tmp_path / "run").glob("*")), "nothing of a run but its claimed folder"
+
+
+def test_a_merged_gpt2_has_its_transposed_layers_again(tmp_path: Path) -> None:
+    model = with_lora(packed(save_model(tmp_path / "gpt2", "gpt2")), "causal-lm")
+    merged = export_adapter(model, tmp_path / "merged", "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(merged)
+    assert (logits(loaded) - logits(model)).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize(("name", "said"), [("mixtral", True), ("llama", False)])
+def test_experts_that_stay_whole_are_said(
+    name: str, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(save_model(tmp_path / name, name))
+    model = load_model(folder, AutoModelForCausalLM, load_config(folder), HERE)
+    whole = [p for n, p in model.named_parameters() if ".experts." in n]
+    assert all(p.dtype == torch.float32 for p in whole)
+    share = 100 * sum(p.numel() for p in whole) / tiny_model(name).num_parameters()
+    assert ("stacked experts" in caplog.text) == said
+    assert not said or f"{share:.0f} % of the weights" in caplog.text
 
 
 def test_weights_that_are_packed_for_inference_are_never_read_as_weights(folder: Path) -> None:

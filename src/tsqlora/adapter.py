@@ -263,7 +263,7 @@ def _principal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same BA by its singular vectors, largest first, rows of A 1/√3 long; none for BA = 0."""
     q_a, r_a = torch.linalg.qr(a.T)
     q_b, r_b = torch.linalg.qr(b)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     there = int((s > 1e-6 * s[0]).sum())
     return (q_a @ vh.T).T[:there] / 3**0.5, (q_b @ u * s)[:, :there] * 3**0.5
 

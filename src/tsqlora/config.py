@@ -218,6 +218,7 @@ class RunConfig:
     `training` holds keys of `transformers.TrainingArguments`; `metrics` None is the task's own.
     `quantization: 4bit` keeps the frozen weights in 4 bits (QLoRA: NF4, double quantisation), by
     bitsandbytes; computations are in float32, or in 16 bits with training.bf16 or training.fp16.
+    Experts that are stacked in one parameter stay whole.
 
     Raises:
         ConfigError: everything that is wrong, in one message.

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from tsqlora.errors import ModelError
 from tsqlora.heads import head_modules, may_be_new, note_drawn
-from tsqlora.quantized import Quantization, keep_exact
+from tsqlora.quantized import Quantization, keep_exact, note_stacked
 
 T = TypeVar("T")
 
@@ -155,6 +155,7 @@ def _packed(
     quantization.check()
     with torch.device("meta"):
         model = auto_class.from_config(copy.deepcopy(config))
+    note_stacked(model)
     output = model.get_output_embeddings()
     skip = [n for n, m in model.named_modules() if output is not None and m is output]
     if type(model).__name__.endswith("ForSequenceClassification"):

@@ -155,7 +155,9 @@ def _unsupported(
         return [f"{name}: {variant} (such as use_dora) is not supported; use plain LoRA or rsLoRA"]
     if isinstance(layer, LoraLinear) or kind.startswith(tuple(kinds)):
         return []
-    setting = "target_parameters" if kind == "ParamWrapper" else "target_modules"
+    setting = "target_modules"
+    if kind == "ParamWrapper":  # which PEFT also makes of experts' names among the modules
+        setting = "target_parameters, or its name out of target_modules"
     return [f"{name}: {kind} is not supported, {because}; leave it out of {setting}"]
 
 
@@ -214,10 +216,10 @@ def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
         unknown = [name for name in head_modules(model) if not name.endswith(HEADS)]
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *unknown}) or None
     _require_matches(model, config)
+    kinds = sorted({n.rsplit(".", 1)[-1] for n in linear_names(model)})
     try:
         return get_peft_model(model, config)
     except (ValueError, KeyError, TypeError, re.error) as error:
-        kinds = sorted({n.rsplit(".", 1)[-1] for n in linear_names(model)})
         raise ModelError(
             f"adapter.target_modules = {_shown(config.target_modules)} cannot be adapted in "
             f"{type(model).__name__}: {str(error).splitlines()[0]} Linear modules there end in: "

@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tsqlora.errors import ModelError
 from tsqlora.lora_layers import LoraModule, adapted_layers, base_weight, is_quantized
@@ -84,14 +85,19 @@ def _update(lora: LoraModule) -> tuple[Tensor, Tensor | None]:
     return lora.scale * (b @ a), None if bias is None else lora.scale * bias.detach().float()
 
 
-def _plain(module: nn.Module, update: tuple[Tensor, Tensor | None] | None) -> nn.Linear:
+def _plain(module: nn.Module, update: tuple[Tensor, Tensor | None] | None) -> nn.Module:
     weight = base_weight(module)
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     if update is not None:
         weight = (weight.float() + update[0]).to(weight.dtype)
         if update[1] is not None:
             bias = update[1] if bias is None else bias + update[1]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    transposed = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)  # as GPT-2 has them
+    linear: Any
+    if transposed:
+        linear, weight = Conv1D(*weight.shape), weight.T
+    else:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(weight), requires_grad=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from tsqlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from tsqlora.config import RunConfig
+
+logger = logging.getLogger("tsqlora")
 
 _WIDTH = 64
 """Of the layer that is tried out: one block of NF4."""
@@ -82,6 +85,21 @@ class Quantization:
             llm_int8_skip_modules=[*skip, *self.whole],  # of 4 bits too, whatever its name
         )
         return {"quantization_config": packed, "device_map": {"": self.device}}
+
+
+def note_stacked(model: nn.Module) -> None:
+    """Say what stays whole: experts stacked in parameters of three dimensions are not packed."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    kernels = {id(module.weight) for module in convolutions}
+    of_three = [p for p in model.parameters() if p.ndim == 3 and id(p) not in kernels]
+    stacked = sum(p.numel() for p in of_three)
+    if stacked:
+        logger.warning(
+            "quantization: %.0f %% of the weights are stacked experts, which bitsandbytes does not "
+            "pack: they take %.1f GB in float32.",
+            100 * stacked / sum(p.numel() for p in model.parameters()),
+            4e-9 * stacked,
+        )
 
 
 def keep_exact(model: nn.Module) -> None:
