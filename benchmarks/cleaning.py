@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import append_line, read_lines
 from evidence_data import read_rows
 from evidence_stats import markdown, mean_interval
 from sklearn.linear_model import LogisticRegression
@@ -203,7 +204,7 @@ def methods(folds: int) -> dict[str, Callable[[Cell], list[Line]]]:
 
 def measure(options: argparse.Namespace) -> None:
     """The cells that are not there yet, a line each as they are done."""
-    there = {(x["task"], x["seed"], x["part"], x["samples"]) for x in read(options.out)}
+    there = {(x["task"], x["seed"], x["part"], x["samples"]) for x in read_lines(options.out)}
     wanted = methods(options.folds)
     for seed in range(options.first, options.first + options.seeds):
         for part in options.parts or wanted:
@@ -214,20 +215,14 @@ def measure(options: argparse.Namespace) -> None:
                 lines = wanted[part](Cell(task, seed, options.samples))
                 seconds = time.perf_counter() - began
                 about = {"task": task, "seed": seed, "part": part, "samples": options.samples}
-                with options.out.open("a", encoding="utf-8") as file:
-                    for line in lines:
-                        text = json.dumps({**about, **rounded(line), "seconds": round(seconds)})
-                        file.write(text + "\n")
-                        print(text, flush=True)
+                for line in lines:
+                    found = {**about, **rounded(line), "seconds": round(seconds)}
+                    append_line(options.out, found)
+                    print(json.dumps(found), flush=True)
 
 
 def rounded(line: Line) -> Line:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
-
-
-def read(path: Path) -> list[Line]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def tables(lines: list[Line]) -> str:
@@ -267,7 +262,7 @@ def main() -> None:
     if options.what == "run":
         measure(options)
     else:
-        print(tables(read(options.out)))
+        print(tables(read_lines(options.out)))
 
 
 if __name__ == "__main__":

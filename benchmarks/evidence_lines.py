@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import platform
+import subprocess
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from common import read_lines
 from evidence_cell import Cell, Outcome
 from evidence_data import Task, make_cell, write_cell
 from evidence_methods import METHODS
@@ -71,6 +73,7 @@ def versions() -> dict[str, str]:
     """What it ran on."""
     return {
         "tsqlora": __version__,
+        "commit": _commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
@@ -78,15 +81,19 @@ def versions() -> dict[str, str]:
     }
 
 
+@cache
+def _commit() -> str:
+    """Of the code that was run, with -dirty where it was not committed; empty without git."""
+    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def read_cells(results: Path = RESULTS) -> list[dict[str, Any]]:
     """All finished cells."""
     return read_lines(results / CELLS)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What a JSON Lines file holds; a line cut off by an interruption is not there."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def key(line: dict[str, Any]) -> Key:

@@ -99,8 +99,9 @@ def _judged(cell: Cell, run: Run) -> dict[str, Any]:
     scores = QualityScores.from_parquet(run.folder.scores)
     wrong = np.isin(scores.ids, sorted(cell.data.wrong))
     left_out = scores.probability < 0.5 / len(scores.ids)
+    share = float(scores.wrong_share)
     notes = {
-        "wrong_share": round(float(scores.wrong_share), 4),
+        "wrong_share": None if np.isnan(share) else round(share, 4),
         "wrong_left_out": int((left_out & wrong).sum()),
         "sound_left_out": int((left_out & ~wrong).sum()),
     }
@@ -143,6 +144,13 @@ METHODS: dict[str, Method] = {
     "adalora": adalora,
     "eva": eva,
 }
+CORE_METHODS = tuple(
+    name
+    for name in METHODS
+    if name.removesuffix("_trusted") != "informed"
+    and name not in ("tsqlora_start_only", "tsqlora_moving_only", "tsqlora_terms")
+)
+"""Those of the table; the others answered a question of their own (LOG.md)."""
 _SOUND = ("clean", "longtail")
 UNTOLD = {
     **dict.fromkeys(("oracle", "oracle_trusted"), _SOUND),

@@ -2,7 +2,9 @@
 
 A mean is over seeds, with its 95 % interval by Student's t. A difference is paired: the same task,
 condition and seed, so the same rows; its interval is a percentile bootstrap over the pairs, tasks
-drawn apart (stratified), so that a task with few seeds weighs as much as another.
+drawn apart (stratified), so that a task with few seeds weighs as much as another. Drawn from so few
+pairs it would be too narrow (five normal ones: it holds the truth in 81 of 100 cases), so pairs are
+first moved away from their mean, by √(n / (n − 1)) for the variance and t / z for its uncertainty.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from scipy import stats
 
 Line = dict[str, Any]
 DRAWS = 4000
+Statistic = Callable[[Sequence[np.ndarray]], float]
+"""Of groups of (seeds, methods), one a task."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,13 @@ class Interval:
     pairs: int = 0
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return self.shown()
+
+    def shown(self, digits: int = 1, unit: str = "") -> str:
+        """The mean and its interval, if one is known."""
+        mean = f"{self.mean:.{digits}f}{unit}"
+        known = np.isfinite(self.low) and np.isfinite(self.high)
+        return f"{mean} [{self.low:.{digits}f}, {self.high:.{digits}f}]" if known else mean
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -71,21 +81,33 @@ class Cells:
         return Cells([{**line, "metric": line["rare"]} for line in lines])
 
 
-def bootstrap(
-    groups: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float]
-) -> Interval:
-    """The statistic of the groups (each (seeds, methods)), seeds drawn again within each group."""
+def bootstrap(groups: Sequence[np.ndarray], statistic: Statistic) -> Interval:
+    """The statistic of the groups (each (seeds, methods)), seeds drawn again within each group.
+
+    No interval where no group has two seeds.
+    """
     groups = [group for group in groups if len(group)]
     if not groups:
         return Interval(float("nan"), float("nan"), float("nan"))
+    pairs = sum(len(group) for group in groups)
+    free = pairs - len(groups)
+    if not free:
+        return Interval(statistic(groups), -np.inf, np.inf, len(groups), pairs)
+    wide = [_spread(group, free) for group in groups]
     rng = np.random.default_rng(0)
     drawn = [
-        statistic([group[rng.integers(0, len(group), len(group))] for group in groups])
+        statistic([group[rng.integers(0, len(group), len(group))] for group in wide])
         for _ in range(DRAWS)
     ]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    pairs = sum(len(group) for group in groups)
     return Interval(statistic(groups), float(low), float(high), len(groups), pairs)
+
+
+def _spread(group: np.ndarray, free: int) -> np.ndarray:
+    """The group about its mean, as wide as a bootstrap of few needs it; `free`: of all groups."""
+    n, mean = len(group), group.mean(axis=0)
+    by = stats.t.ppf(0.975, free) / stats.norm.ppf(0.975) * np.sqrt(n / max(1, n - 1))
+    return mean + by * (group - mean)
 
 
 def difference(groups: Sequence[np.ndarray]) -> float:

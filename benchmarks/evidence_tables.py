@@ -66,18 +66,29 @@ def paired(cells: Cells, condition: str, *methods: str) -> list[np.ndarray]:
 
 
 def against_plain(cells: Cells) -> str:
-    """Every method minus plain LoRA, paired, mean over the `pooled` tasks that have both."""
+    """Every method minus plain LoRA, paired, mean over the `pooled` tasks that have both.
+
+    Methods with trusted rows minus plain LoRA that trains on these too, which itself is shown
+    against plain LoRA.
+    """
     conditions = cells.names(1)
     rows = [["method − plain LoRA", *conditions]]
     for method in cells.names(2):
         if method == PLAIN:
             continue
-        row = [f"`{method}`"]
+        plain = plain_of(method)
+        row = [f"`{method}`" + (f" − `{plain}`" if plain != PLAIN else "")]
         for condition in conditions:
-            found = bootstrap(paired(cells, condition, method, PLAIN), difference)
+            found = bootstrap(paired(cells, condition, method, plain), difference)
             row.append(f"{found} ({found.tasks})" if found.tasks else "")
         rows.append(row)
     return markdown(rows)
+
+
+def plain_of(method: str) -> str:
+    """Plain LoRA on the rows that the method has."""
+    trusted = f"{PLAIN}_trusted"
+    return trusted if method.endswith("_trusted") and method != trusted else PLAIN
 
 
 def gaps(cells: Cells) -> str:
@@ -104,12 +115,17 @@ def found_table(cells: Cells) -> str:
         notes = [x["notes"] for k, x in cells.lines.items() if k[:3] == (task, condition, method)]
         notes = [note for note in notes if "auroc_credibility" in note]
         if notes:
-            means = [
-                float(np.mean([note[name] for note in notes]))
-                for name in ("auroc_credibility", "auroc_loss", "wrong_share")
-            ]
-            rows.append([task, condition, f"`{method}`", *(f"{mean:.3f}" for mean in means)])
+            names = ("auroc_credibility", "auroc_loss", "wrong_share")
+            means = [_mean_of_known([note[name] for note in notes]) for name in names]
+            rows.append([task, condition, f"`{method}`", *means])
     return markdown(rows)
+
+
+def _mean_of_known(values: list[float | None]) -> str:
+    """None is what was not looked for, where a training was too short; said, how often it was."""
+    known = [value for value in values if value is not None]
+    few = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{np.mean(known):.3f}{few}" if known else ""
 
 
 def rare_table(cells: Cells) -> str:
@@ -196,9 +212,10 @@ def plot(cells: Cells, folder: Path) -> None:
     )
     for axis, condition in zip(np.atleast_1d(axes), conditions, strict=True):
         for place, method in enumerate(methods):
-            found = bootstrap(paired(cells, condition, method, PLAIN), difference)
-            if found.tasks:
+            found = bootstrap(paired(cells, condition, method, plain_of(method)), difference)
+            if found.tasks and found.pairs > found.tasks:
                 axis.plot([found.low, found.high], [place, place], color="0.5")
+            if found.tasks:
                 axis.plot(found.mean, place, "o", color="black")
         axis.axvline(0, color="0.7", linewidth=0.8)
         axis.set_title(condition)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from common import read_lines
 from evidence_data import TRUSTED, Task, read_rows
-from evidence_lines import RESULTS, read_lines
-from evidence_methods import RATE_OF
 
 from tsqlora.errors import ConfigError
 
@@ -26,11 +25,12 @@ TRIAL = ("task", "condition", "method", "seed", "validation", "cost", "seconds",
 Tried = dict[float, dict[tuple[str, int], float]]
 
 
-def tried(task: str, method: str, results: Path) -> Tried:
-    """The validation metrics by rate and by (condition, seed)."""
+def tried(task: Task, method: str, results: Path, epochs: float | None = None) -> Tried:
+    """The validation metrics by rate and by (condition, seed), of so many epochs, or the task's."""
     found: Tried = {}
+    wanted = (task.name, method, epochs or task.epochs)
     for line in read_lines(results / TUNING):
-        if (line["task"], line["method"]) == (task, method):
+        if (line["task"], line["method"], line.get("epochs", task.epochs)) == wanted:
             cells = found.setdefault(line["rate"], {})
             cells[line["condition"], line["seed"]] = line["validation"]
     return found
@@ -69,16 +69,14 @@ def _best(means: dict[float, float]) -> float:
     return max(sorted(means), key=lambda rate: means[rate])
 
 
-def read_rate(task: Task, method: str, results: Path = RESULTS) -> float:
+def best_rate(task: Task, found: Tried) -> float:
     """The tuned rate.
 
     Raises:
         ConfigError: not all trials are there.
     """
-    name = RATE_OF.get(method, method)
-    found = tried(task.name, name, results)
     if untried(task, found):
-        raise ConfigError(f"{results / TUNING} has not all rates of {name} on {task.name}.")
+        raise ConfigError(f"{TUNING} has not all rates on {task.name}.")
     return _best(_whole(task, found))
 
 

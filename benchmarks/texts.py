@@ -25,7 +25,8 @@ from typing import Any
 
 import evidence_data
 import numpy as np
-from cleaning import read, rounded
+from cleaning import rounded
+from common import append_line, read_lines
 from evidence_data import flipped, read_rows
 from evidence_stats import markdown, mean_interval
 from sklearn.metrics import roc_auc_score
@@ -95,11 +96,10 @@ def measure(options: Options) -> None:
             adapted, name = config.quality.adapt_steps != 0, Path(options.model).name
             key = {"task": task, "seed": seed, "share": share, "model": name,
                    "adapted": adapted, "chats": config.data.chat}  # fmt: skip
-            if any(key.items() <= line.items() for line in read(options.out)):
+            if any(key.items() <= line.items() for line in read_lines(options.out)):
                 continue
             line = rounded({**key, **scored(config, wrong)})
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(options.out, line)
         print(json.dumps(line), flush=True)
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     elif options.verb == "run":
         measure(options)
     else:
-        print(tables(read(options.out)))
+        print(tables(read_lines(options.out)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from sklearn.metrics import mutual_info_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import evidence_schedule
+import evidence_stats
+from common import append_line, read_lines
+from evidence_cell import Cell
 from evidence_claims import claims
 from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, more_tasks
 from evidence_plain import worth
@@ -30,7 +33,7 @@ from evidence_pool import Job, measured_all
 from evidence_schedule import Schedule, pair_of
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import front_page, in_order, tables
-from evidence_tuning import TUNED_ON, for_tuning, read_rate, tried, untried
+from evidence_tuning import TUNED_ON, best_rate, for_tuning, tried, untried
 
 from tsqlora.errors import ConfigError
 
@@ -71,10 +74,51 @@ def test_a_task_of_ones_own_is_found_beside_its_file(own: Path) -> None:
     assert task.rates == TASKS["trec"].rates
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": "nothing"}, "task 'mine': its files have no column 'nothing'"),
+        ({"colour": "red"}, "task 'mine': .*unexpected keyword argument 'colour'"),
+        ({"metric": None, "text": "{says} {}"}, "may hold only plain"),
+        ({"train": "absent.jsonl"}, "task 'mine': .*absent.jsonl"),
+        ({"validation_rows": 500}, "800 rows leave none to train on beside 300 trusted"),
+    ],
+)
+def test_a_task_of_ones_own_that_cannot_be_run_is_refused_by_name(
+    own: Path, change: dict[str, Any], message: str
+) -> None:
+    (entry,) = json.loads(own.read_text())
+    own.write_text(json.dumps([{**entry, **change}]))
+    with pytest.raises(ConfigError, match=message):
+        more_tasks(own)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"name": "mine"}', "[1]"])
+def test_a_file_of_tasks_that_is_none_is_refused(own: Path, text: str) -> None:
+    own.write_text(text)
+    with pytest.raises(ConfigError, match=r"--more: .*mine\.json"):
+        more_tasks(own)
+
+
+def test_templates_and_tokenizers_of_ones_own_are_read_as_a_configuration_reads_them(
+    own: Path,
+) -> None:
+    (entry,) = json.loads(own.read_text())
+    (own.parent / "spelling").mkdir()
+    more = {"text": "{says}\nThe class is ", "settings": {"tokenizer": "spelling"}}
+    own.write_text(json.dumps([{**entry, **more}]))
+    task = more_tasks(own)["mine"]
+    for condition in CONDITIONS:
+        data = make_cell(task, condition, 0)
+        assert set(data.train[0]) == {"id", "says", "class"}
+    cell = Cell(task, "clean", "lora", 0, data, own.parent, 1e-3, 1)
+    assert cell.config().tokenizer == str(own.parent / "spelling")
+
+
 def trials(task: Task, folder: Path, worth: Callable[[float], float]) -> list[float]:
     """The rates that are tried, in their order, where each comes to what it is worth."""
     file, asked = folder / "evidence_tuning.jsonl", list[float]()
-    while missing := untried(task, tried(task.name, "lora", folder)):
+    while missing := untried(task, tried(task, "lora", folder)):
         for condition, seed, rate in missing:
             asked += [] if rate in asked else [rate]
             line = {"task": task.name, "method": "lora", "condition": condition, "seed": seed,
@@ -82,7 +126,8 @@ def trials(task: Task, folder: Path, worth: Callable[[float], float]) -> list[fl
             with file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(line) + "\n")
     assert len(file.read_text().splitlines()) == len(asked) * len(TUNED_ON) * task.tuning_seeds
-    assert read_rate(task, "oracle", folder) == max(asked, key=worth)
+    assert pair_of((task.name, "clean", "oracle", 0)) == (task.name, "lora")
+    assert best_rate(task, tried(task, "lora", folder)) == max(asked, key=worth)
     return asked
 
 
@@ -125,8 +170,43 @@ def test_a_cell_that_fails_is_named_when_all_others_are_done(at_once: Callable[.
 
 
 def test_no_rate_is_taken_before_all_trials_are_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has not all rates of lora on trec"):
-        read_rate(TASKS["trec"], "lora", tmp_path)
+    with pytest.raises(ConfigError, match="has not all rates on trec"):
+        best_rate(TASKS["trec"], tried(TASKS["trec"], "lora", tmp_path))
+
+
+def test_rates_and_cells_of_another_budget_are_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(evidence_schedule, "Job", told(asked, lambda rate: 1.0))
+    trials(TASKS["trec"], tmp_path, lambda rate: -abs(math.log(rate / 2e-3)))
+    cells = [("trec", "clean", "lora", 0)]
+    of_rates = len(TASKS["trec"].rates) * len(TUNED_ON) * TASKS["trec"].tuning_seeds
+    for epochs, measured in ((None, 1), (1.0, of_rates + 1), (1.0, 0), (None, 1)):
+        asked.clear()
+        Schedule(tmp_path, [("trec", "lora")], cells, epochs).measure(None)
+        assert len(asked) == measured
+
+
+def test_a_line_cut_off_in_the_middle_costs_itself_alone(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    append_line(file, {"notes": {}, "metric": 1.0})
+    whole = file.read_bytes()
+    for cut in range(1, len(whole)):
+        file.write_bytes(whole + whole[:cut])
+        append_line(file, {"metric": 2.0})
+        found = [line["metric"] for line in read_lines(file)]
+        assert found in ([1.0, 2.0], [1.0, 1.0, 2.0] if cut == len(whole) - 1 else [])
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    alone, refused = (
+        evidence_schedule._alone(tmp_path / "evidence.jsonl"),
+        pytest.raises(SystemExit, match="being written by another run"),
+    )
+    with alone, refused:
+        Schedule(tmp_path, []).measure(None)
+    Schedule(tmp_path, []).measure(None)
 
 
 def test_a_cell_is_measured_again_once_its_rate_is_not_the_tuned_one(
@@ -153,7 +233,7 @@ def told(asked: list[float], worth: Callable[[float], float]) -> type[Job]:
             asked.append(self.rate)
             names = dict(zip(("task", "condition", "method", "seed"), self.key, strict=True))
             known = {"metric": 1.0, "cost": 1.0, "seconds": 1.0, "versions": {}, "at": ""}
-            config = {"learning_rate": self.rate}
+            config = {"learning_rate": self.rate, "epochs": self.epochs or self.task.epochs}
             return {**names, **known, "config": config, "validation": worth(self.rate)}
 
     return Told
@@ -240,6 +320,19 @@ def test_a_difference_that_is_the_same_in_every_pair_has_an_interval_of_no_width
     assert np.allclose([found.mean, found.low, found.high], by)
 
 
+@pytest.mark.parametrize("sizes", [(5,), (10,), (5, 5, 5)])
+def test_a_paired_interval_holds_the_truth_in_95_of_100_cases(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence_stats, "DRAWS", 300)
+    rng, cases = np.random.default_rng(0), 400
+    held = 0
+    for _ in range(cases):
+        found = bootstrap([rng.normal(size=(size, 2)) for size in sizes], difference)
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / cases <= 0.98
+
+
 @given(st.lists(st.floats(0, 100), min_size=3, max_size=8))
 def test_the_interval_of_a_mean_holds_it_in_the_middle(values: list[float]) -> None:
     assume(np.ptp(values) > 1e-3)
@@ -299,6 +392,22 @@ def test_tables_show_every_task_and_method_with_its_seeds() -> None:
     assert "| `tsqlora` | 8.0 [8.0, 8.0] (1) |" in text
 
 
+def test_trusted_rows_are_compared_with_plain_lora_on_the_same_rows() -> None:
+    known = (("lora", 50.0), ("lora_trusted", 55.0), ("tsqlora_trusted", 60.0))
+    text = tables(Cells([x for method, metric in known for x in five(method, [metric] * 5)]))
+    assert "| `lora_trusted` | 5.0 [5.0, 5.0] (1) |" in text
+    assert "| `tsqlora_trusted` − `lora_trusted` | 5.0 [5.0, 5.0] (1) |" in text
+
+
+def test_a_share_that_was_not_looked_for_is_left_out_of_the_mean() -> None:
+    notes = {"auroc_credibility": 0.5, "auroc_loss": 0.5}
+    lines = [
+        line("tsqlora", seed, 50.0, notes={**notes, "wrong_share": share})
+        for seed, share in enumerate([0.1, None, 0.3])
+    ]
+    assert "| 0.200 (2 of 3) |" in tables(Cells(lines))
+
+
 def test_means_are_taken_over_the_core_tasks_where_there_are_any() -> None:
     both = (("lora", 50.0), ("oracle", 70.0), ("tsqlora", 60.0))
     core = [x for method, metric in both for x in five(method, [metric] * 5, task="trec")]
@@ -318,7 +427,7 @@ def test_a_task_of_one_seed_narrows_no_interval_beside_those_of_more() -> None:
         row for row in tables(Cells(known)).splitlines() if row.startswith("| `eva` | 4.0")
     ]
     assert wanted in tables(Cells([*known, *alone]))
-    assert "| `eva` | 40.0 [40.0, 40.0] (1) |" in tables(Cells(alone))
+    assert "| `eva` | 40.0 (1) |" in tables(Cells(alone))
 
 
 def test_the_front_page_shows_every_core_task_whether_the_default_wins_there_or_not() -> None:
