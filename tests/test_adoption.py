@@ -46,9 +46,8 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        save_strategy="no",
         per_device_train_batch_size=4,
-        **{"num_train_epochs": 3, **more},
+        **{"num_train_epochs": 3, "save_strategy": "no", **more},
     )
 
 

@@ -34,7 +34,7 @@ ORDER = [
     "measurements", "quality", "selection", "reported", "mismatch",
     "shingles", "duplicates",
     "measuring", "fitting", "parts", "null", "asking", "collected",
-    "scoring", "samples",
+    "scoring", "undisturbed", "samples",
     "trusted", "judging", "suspicion", "rare_classes", "early_learning", "visits",
     "online",
     "estimators", "sensitivity",

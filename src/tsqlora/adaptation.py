@@ -166,7 +166,7 @@ def _adapt(
         saving = folder is not None and adaptation.settings.get("save_strategy") != "no"
         arguments = adaptation.arguments(folder or temporary, saving)
         set_seed(adaptation.seed)
-        rows = model_columns(model, dataset)
+        rows = model_columns(model, dataset, collator)
         trainer = GlobalBatchTrainer(
             "brief adaptation",
             model=model,

@@ -130,10 +130,11 @@ def require_early(model: nn.Module, optimizer: Optimizer) -> None:
         TrainingError: the optimizer has state of them, or other processes their gradients.
     """
     wrapped = any(isinstance(m, DistributedDataParallel) for m in model.modules())
-    if wrapped or is_sharded(model) or optimizer.state:
+    stepped = any(optimizer.state.values())  # schedule-free ones have entries before, all empty
+    if wrapped or is_sharded(model) or stepped:
         raise TrainingError(
             "It is too late to make room for ranks to grow, as the "
-            + ("optimizer has stepped" if optimizer.state else "model is wrapped for processes")
+            + ("optimizer has stepped" if stepped else "model is wrapped for processes")
             + ": make DynamicRank before accelerator.prepare(model) and the first step, or leave "
             "out headroom."
         )

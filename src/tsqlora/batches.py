@@ -24,20 +24,45 @@ from tsqlora.quantized import keep_exact
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 Batch = dict[str, Tensor]
 
+REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    AssertionError,
+)
+"""What collators and models raise of samples that they cannot take."""
 OWN = 16
 """Tokens that a sample counts beside its own, for what it takes in memory at any length."""
 ROWS_AT_ONCE = 10_000
 
 
-def model_columns(model: nn.Module, dataset: Dataset) -> Dataset:
+def model_columns(model: nn.Module, dataset: Dataset, collator: Collator) -> Dataset:
     """`dataset` without the columns the model's forward does not take, as the Trainer does it.
 
-    All columns stay where none is one of the forward's (raw text for a collator of one's own).
+    All columns stay where `collator` can take rows only with them: raw text, or weights, for one
+    of the user's own. So they do where a transform makes others of them.
     """
     inner = getattr(model, "get_base_model", lambda: model)()
     accepted = {*inspect.signature(inner.forward).parameters, "label", "label_ids", "labels"}
     kept = [name for name in dataset.column_names if name in accepted]
-    return dataset.select_columns(kept) if kept else dataset
+    if not kept or len(kept) == len(dataset.column_names) or dataset.format["type"] == "custom":
+        return dataset
+    cut = dataset.select_columns(kept)
+    if refusal(cut, collator) is not None and refusal(dataset, collator) is None:
+        return dataset
+    return cut
+
+
+def refusal(dataset: Dataset, collator: Collator) -> Exception | None:
+    """Why `collator` cannot take the first two rows, if it cannot."""
+    try:
+        collator([dataset[i] for i in range(min(2, len(dataset)))])
+    except REFUSALS as error:
+        return error
+    return None
 
 
 class Pool:
@@ -56,7 +81,7 @@ class Pool:
     def __init__(
         self, model: nn.Module, dataset: Dataset, collator: Collator, batch_size: int
     ) -> None:
-        self.rows, self.collator = model_columns(model, dataset), collator
+        self.rows, self.collator = model_columns(model, dataset, collator), collator
         self.device = _device(model)
         self._columns = _token_columns(self.rows)
         self.tokens = _lengths(self.rows, self._columns)
@@ -191,7 +216,8 @@ def require_labels(batch: Mapping[str, Tensor], dataset: Dataset) -> None:
     if "labels" not in batch:
         raise DataError(
             "The collator's batches have no `labels`, so no loss can be taken: name the target "
-            f"column `labels` (columns here: {', '.join(dataset.column_names)})."
+            f"column `labels` (columns here: {', '.join(dataset.column_names)}). Preference data, "
+            "as of DPO, have no target of which samples could be scored."
         )
 
 

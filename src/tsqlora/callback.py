@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tsqlora.adapter import add_headroom, check_adapts, set_physical_ranks
+from tsqlora import processes
+from tsqlora.adapter import add_headroom, check_adapts, require_early, set_physical_ranks
 from tsqlora.allocation import RankPlan
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
@@ -62,7 +64,8 @@ class DynamicRankCallback(TrainerCallback):
         self.on_moves, self.compact, self.resume_from = on_moves, compact, resume_from
         self.sensitivity = sensitivity
         self.ranks: DynamicRank | None = None
-        self._ready = self._inside = False
+        self._room: dict[str, int] | None = None
+        self._inside = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,13 +79,13 @@ class DynamicRankCallback(TrainerCallback):
             add_headroom(model, self.headroom, self.bounds[1])
         else:
             set_physical_ranks(model, _read(Path(self.resume_from))["physical"])
-        self._ready = True
+        self._room = _physical(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start, or take up the checkpoint's state."""
-        if not self._ready:
+        if self._room is None:
             raise TrainingError(
                 "DynamicRankCallback came too late: pass it to the Trainer's constructor, "
                 "Trainer(..., callbacks=[DynamicRankCallback()])."
@@ -92,6 +95,8 @@ class DynamicRankCallback(TrainerCallback):
                 "load_best_model_at_end would load a checkpoint of other shapes after ranks were "
                 "compacted: leave out one of the two."
             )
+        if _physical(kwargs["model"]) != self._room:  # model_init has made it anew
+            self._make_room(kwargs["model"], kwargs["optimizer"], state)
         self.ranks = DynamicRank(
             kwargs["model"],
             kwargs["optimizer"],
@@ -107,6 +112,16 @@ class DynamicRankCallback(TrainerCallback):
             self.ranks.load_state_dict(_read(Path(self.resume_from or here)))
         self._inside = before_steps(kwargs["optimizer"], self._before_step)
         self._tell()
+
+    def _make_room(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+        if state.global_step or processes.count() > 1:
+            raise TrainingError(
+                "model_init has made the model again, without room for ranks to grow, and it is "
+                "too late for that on resume and in several processes: give the Trainer model=, or "
+                "DynamicRankCallback(headroom=0)."
+            )
+        require_early(model, optimizer)
+        add_headroom(model, self.headroom, self.bounds[1])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,13 +139,12 @@ class DynamicRankCallback(TrainerCallback):
             def log(self, logs, *rest):
                 super().log({**logs, **self.dynamic.figures()}, *rest)
 
-        Raises:
-            TrainingError: there is neither a plan nor a training yet.
+        Nothing while there is neither a plan nor a training yet.
         """
         plan, moving = self.plan, self.ranks
         if moving is None:
             if plan is None:
-                raise TrainingError("DynamicRankCallback knows no ranks before the training.")
+                return {}
             return of_ranks(plan.ranks, plan.shapes, plan.budget, since is None)
         ranks, budget = moving.current, moving.budget
         shapes = {module.name: module.shape for module in moving.modules}
@@ -170,6 +184,10 @@ class DynamicRankCallback(TrainerCallback):
             raise TrainingError("Training ended but DynamicRankCallback never saw a step.")
         if args.load_best_model_at_end and self.ranks.note_return() is not None:
             self._tell()
+
+
+def _physical(model: nn.Module) -> dict[str, int]:
+    return {module.name: module.rank for module in lora_modules(model)}
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

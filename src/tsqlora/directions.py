@@ -51,6 +51,11 @@ def start_from_gradient(model: nn.Module, sensitivity: LayerSensitivity) -> None
             "It is too late to start from the gradient, as the model is wrapped for processes: "
             "call start_from_gradient before accelerator.prepare(model) and the Trainer."
         )
+    if not any(module.name in sensitivity.directions for module in modules):
+        raise ModelError(
+            "The sensitivity holds directions of none of the adapter's modules: measure it on this "
+            "model."
+        )
     for module in modules:
         if module.name not in sensitivity.directions:
             continue

@@ -232,10 +232,9 @@ class DynamicRank:
         """Take up where `state_dict` was taken.
 
         Raises:
-            TrainingError: the model's factors have other shapes than then.
+            TrainingError: the model, which holds its weights already, has other ranks than then.
         """
-        physical = {m.name: m.rank for m in self.modules}
-        if state["physical"] != physical:
+        if state["physical"] != {m.name: m.rank for m in self.modules}:
             raise TrainingError(
                 "The checkpoint's factors have other ranks than the model's: it was compacted, or "
                 "made with another headroom or plan. DynamicRankCallback(resume_from=checkpoint) "
@@ -245,6 +244,11 @@ class DynamicRank:
         self.observer.load_state_dict(state["observed"])
         self.rows.given = {**self.rows.given, **state.get("given", {})}
         self.history = [Reallocation(**move) for move in state["history"]]
+        if active_ranks(self.model) != self.current:
+            raise TrainingError(
+                "The weights have other ranks than this state: load them first, and from the same "
+                "checkpoint, which DynamicRankCallback(resume_from=checkpoint) names."
+            )
         self._idle = self._pruned()
 
     def _pruned(self) -> dict[str, Tensor]:

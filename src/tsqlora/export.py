@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tsqlora import processes
 from tsqlora.adapter import active, changes_base, set_patterns
+from tsqlora.batches import unwrapped
 from tsqlora.errors import ConfigError, ModelError
 from tsqlora.lora_layers import LoraModule, adapted_layers, clone_config
 from tsqlora.merging import merged_model
@@ -71,6 +72,7 @@ def export_adapter(model: nn.Module, folder: str | Path, format: str = "compact"
     """
     if format not in FORMATS:
         raise ConfigError(f"Unknown export format {format!r}: compact, padded or merged.")
+    model = unwrapped(model)
     layers = adapted_layers(
         model, ("Linear", "Embedding"), "it cannot be exported without its model"
     )

@@ -162,8 +162,8 @@ def _unsupported(
 
 
 def _base_name(name: str) -> str:
-    """The module's name in the model that was adapted, without PEFT's own prefix."""
-    return name.removeprefix("base_model.model.")
+    """The module's name in the model that was adapted, without PEFT's and torch.compile's own."""
+    return name.replace("_orig_mod.", "").removeprefix("base_model.model.")
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -306,15 +306,17 @@ def _forget_peft(model: nn.Module) -> None:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Whether the model's LoRA adapter has learnt nothing yet: A or B is 0 in every module."""
+    """Whether what is active of LoRA has learnt nothing yet: A or B is 0 in every module."""
     pairs = (
-        pair
+        (a[adapter], b[adapter])
         for layer in model.modules()
         if isinstance(layer, LoraLayer)
-        for pair in (
-            *zip(layer.lora_A.values(), layer.lora_B.values(), strict=True),
-            *zip(layer.lora_embedding_A.values(), layer.lora_embedding_B.values(), strict=True),
+        for a, b in (
+            (layer.lora_A, layer.lora_B),
+            (layer.lora_embedding_A, layer.lora_embedding_B),
         )
+        for adapter in layer.active_adapters
+        if adapter in a
     )
     return all(any(map(_is_zero, pair)) for pair in pairs)
 

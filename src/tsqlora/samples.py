@@ -27,6 +27,7 @@ from tsqlora.losses import infer_kind
 from tsqlora.quality import QualityScores
 from tsqlora.scoring import Scorer
 from tsqlora.trials import require_samples
+from tsqlora.undisturbed import undisturbed
 
 ADAPTED = 32
 """Samples a step of the brief adaptation where no batch size is given."""
@@ -86,6 +87,7 @@ def _adapted(
         return
     device = next(model.parameters()).device
     with ExitStack() as stack:
+        stack.enter_context(undisturbed())
         stack.callback(_back_to, model, device)
         if has_lora(model):
             stack.enter_context(_unchanged(model))

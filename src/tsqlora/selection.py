@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tsqlora import processes
 from tsqlora.columns import blocks_of, column, copied, in_python
-from tsqlora.data import numbered
+from tsqlora.data import numbered, require_map_style
 from tsqlora.errors import ConfigError, DataError, TrainingError
 from tsqlora.quality import QualityScores
 
@@ -111,8 +112,10 @@ def select_samples(
     Fewer than `fraction` of them where too few have any probability.
 
     Raises:
-        DataError: the scores are of a pool of another size, or the fraction is outside (0, 1].
+        DataError: the scores are of a pool of another size, `dataset` is no `datasets.Dataset`, or
+            the fraction is outside (0, 1].
     """
+    require_map_style(dataset, "the data set")
     require_own_scores(dataset, scores.ids)
     return dataset.select(np.flatnonzero(drawn(scores.probability, fraction, seed)))
 
@@ -177,7 +180,7 @@ class QualitySampler(Sampler[int]):
         self.fraction, self.seed, self.epoch = fraction, seed, 0
         self.inclusion: NDArray[np.floating] | None = None
         self._size = draw_size(len(scores.ids), fraction)
-        self._begun = False
+        self._begun = self.asked = False
 
     def attach(self, trainer: Trainer) -> None:
         """Let a Trainer, or one of its kind such as TRL's SFTTrainer, train on these draws.
@@ -208,6 +211,7 @@ class QualitySampler(Sampler[int]):
                 "score_samples(..., together=True) in all of them."
             )
         trainer._get_train_sampler = lambda *_: self  # type: ignore[method-assign]
+        trainer.add_callback(_Asked(self))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's draw the next iteration gives."""
@@ -215,12 +219,30 @@ class QualitySampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self.epoch, self._begun = self.epoch + self._begun, True
+        self.asked = True
         if self.inclusion is not None:
             return in_python(rounds(self.inclusion, self.fraction, self.seed, self.epoch))
         return in_python(draw(self.probability, self.fraction, self.seed, self.epoch))
 
     def __len__(self) -> int:
         return self._size
+
+
+class _Asked(TrainerCallback):
+    """Nothing silently does nothing: by the first step the sampler has been asked for a draw."""
+
+    def __init__(self, sampler: QualitySampler) -> None:
+        self.sampler = sampler
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and not self.sampler.asked:
+            raise TrainingError(
+                "The Trainer trains on batches that QualitySampler has not drawn, as its "
+                "get_train_dataloader does not ask _get_train_sampler: give the sampler to its "
+                "DataLoader, DataLoader(rows, sampler=QualitySampler(scores))."
+            )
 
 
 class LengthGrouped(Sampler[int]):

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from tsqlora.batches import (
+    REFUSALS,
     Collator,
     Pool,
     evaluating,
@@ -20,16 +21,6 @@ from tsqlora.batches import (
 )
 from tsqlora.data import require_map_style
 from tsqlora.errors import DataError, ModelError, TsqloraError
-
-_REFUSALS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    AssertionError,
-)
 
 
 def require_samples(model: nn.Module, dataset: Any, collator: Collator) -> None:
@@ -47,13 +38,13 @@ def require_samples(model: nn.Module, dataset: Any, collator: Collator) -> None:
             "The data set is packed (it has a column seq_lengths): several samples share a row and "
             "cannot be told apart. Set packing=False."
         )
-    rows = model_columns(model, dataset)
-    two = [rows[i] for i in range(min(2, len(rows)))]
+    rows = model_columns(model, dataset, collator)
     try:
+        two = [rows[i] for i in range(min(2, len(rows)))]
         batch = collator(two)
     except TsqloraError:
         raise
-    except _REFUSALS as error:
+    except REFUSALS as error:
         words = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
             f"The collator cannot take the first rows ({words.rstrip('. ')}). It was given the "
@@ -83,7 +74,7 @@ def try_out(model: nn.Module, kind: str, dataset: Dataset, collator: Collator) -
             (found["loss"] if isinstance(found, Mapping) else found[0]).backward()
     except torch.OutOfMemoryError:
         raise
-    except _REFUSALS as error:
+    except REFUSALS as error:
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         words = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
