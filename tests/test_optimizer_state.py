@@ -202,3 +202,14 @@ def test_8_bit_state_is_not_cut() -> None:
     with pytest.raises(TrainingError, match=r"8-bit state cannot be cut"):
         compact(model, optimizer)
     assert [p.shape for p in lora_parameters(model)] == before
+
+
+def test_a_second_copy_of_the_weights_is_not_taken_for_a_moment() -> None:
+    model = with_lora(tiny_model("bert"), "classification")
+    optimizer = torch.optim.AdamW(lora_parameters(model))
+    train(model, optimizer, 1)
+    assert check_understood(optimizer, lora_parameters(model))
+    for parameter in lora_parameters(model):  # as schedulefree does it
+        optimizer.state[parameter]["z"] = parameter.detach().clone()
+    with pytest.raises(TrainingError, match="keeps 'z'"):
+        check_understood(optimizer, lora_parameters(model))

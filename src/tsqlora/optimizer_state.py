@@ -2,7 +2,8 @@
 
 Understood are tensors of the parameter's own shape (moments, momentum, sums; in 8 bits as
 bitsandbytes keeps them) and the two factors of Adafactor's second moment, one number a row and one
-a column. A component's part is then a slice, and where that slice, the parameter's and the
+a column; not the second copy of the weights that schedule-free ones keep, which would draw a grown
+row back. A component's part is then a slice, and where that slice, the parameter's and the
 gradient's are all zero, every step leaves them zero: update 0 / (√0 + ε), decay λ · 0.
 
 Of Adafactor's factors R (rows) and C (columns), with E g² ≈ R C / mean(R), the one that runs along
@@ -28,6 +29,7 @@ from tsqlora.zero import Piece, in_pieces, pieces_of_state
 _ROWS = {"row_var": "col_var", "exp_avg_sq_row": "exp_avg_sq_col"}
 _COLUMNS = {column: row for row, column in _ROWS.items()}
 _OTHER = {**_ROWS, **_COLUMNS}
+_COPIES = {"z"}
 _QUANTISED = {"state1": "qmap1", "state2": "qmap2"}
 _QUANTISING = ("qmap1", "qmap2", "absmax1", "absmax2", "new_max1", "new_max2")
 
@@ -132,7 +134,7 @@ def _slices(
     for key, value in state.items():
         plain = type(value) in (Tensor, nn.Parameter, Piece) or type(value).__name__ == "DTensor"
         shape = tuple(value.shape) if plain else None
-        if shape == (rows, columns) and key not in _OTHER:
+        if shape == (rows, columns) and key not in _OTHER and key not in _COPIES:
             if _quantised(value) and _QUANTISED.get(key) not in state:
                 raise _not_understood(optimizer, key, value)
             found[key] = dimension
