@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from tsqlora import processes
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Afterwards random numbers go on as if nothing had been, and accelerate knows what it knew.
 
     A Trainer seeds its process and sets precision and accumulation for all of it, so that an
-    `Accelerator` made before would train in other batches, and one made after could not be. The
-    process group, once there, stays.
+    `Accelerator` made before would train in other batches, and one made after could not be. In
+    several processes only its accumulation is put back, as it may know of them by the Trainer.
     """
-    states = [state._shared_state for state in (AcceleratorState, GradientState, PartialState)]
+    states = [state._shared_state for state in (GradientState, AcceleratorState, PartialState)]
     kept = [dict(state) for state in states]
     variables = {name: os.environ[name] for name in _accelerates()}
     numbers, legacy = random.getstate(), np.random.get_state()
@@ -33,7 +35,9 @@ def undisturbed() -> Iterator[None]:
         for name in _accelerates() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
-        for state, before in zip(states, kept, strict=True):
+        if processes.count() > 1:  # the Trainer's is what tells accelerate of them on CPUs
+            del states[1:]
+        for state, before in zip(states, kept, strict=False):
             if before or state is not PartialState._shared_state:
                 state.clear()
                 state.update(before)
