@@ -33,11 +33,12 @@ def _gaps(cells: Cells, tasks: Sequence[str]) -> Iterator[Row]:
     for number, end, least in ((1, "_trusted", 90.0), (2, "", 80.0)):
         for condition in ("wrong20", "wrong40"):
             names = (OURS + end, "lora" + end, "oracle" + end)
-            groups = [cells.pairs(task, condition, *names) for task in tasks]
-            found, points = bootstrap(groups, closed), bootstrap(groups, difference)
+            groups = {task: cells.pairs(task, condition, *names) for task in tasks}
+            pairs = list(groups.values())
+            found, points = bootstrap(pairs, closed), bootstrap(pairs, difference)
             words = f"{number}. {condition}{', 300 trusted' if end else ', none trusted'}"
             shown = f"{_shown(found, ' %')}: {points} points" if found.tasks else ""
-            shown += _by_task(dict(zip(tasks, groups, strict=True)), closed, 0)
+            shown += _by_task(groups, closed, 0)
             yield words, f"≥ {least:.0f} % of the gap", shown, _holds(found, least)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import Trainer
 
 import tsqlora as tsq
 from test_adoption import BRIEF, arguments, bert, pool, sampler
-from tiny import all_terms, collate, tiny_model
+from tiny import all_terms, collate, rows_of, tiny_batch, tiny_model
 from tsqlora.adapter import require_early
 from tsqlora.callback import STATE_FILE
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule
@@ -84,7 +83,6 @@ def test_random_numbers_go_on_as_if_nothing_had_been_scored(make: Any) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile")
 def test_a_compiled_model_is_started_planned_moved_and_exported_as_the_model_in_it(
     tmp_path: Path,
 ) -> None:
@@ -120,8 +118,6 @@ def test_directions_of_another_model_are_refused() -> None:
 
 
 def causal() -> Dataset:
-    from tiny import rows_of, tiny_batch
-
     return Dataset.from_list(rows_of(tiny_batch("causal-lm")))
 
 

@@ -12,7 +12,13 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsqlora import processes
-from tsqlora.adapter import add_headroom, check_adapts, require_early, set_physical_ranks
+from tsqlora.adapter import (
+    add_headroom,
+    check_adapts,
+    physical_ranks,
+    require_early,
+    set_physical_ranks,
+)
 from tsqlora.allocation import RankPlan
 from tsqlora.dynamic_rank import DynamicRank, RankSchedule, Reallocation
 from tsqlora.errors import TrainingError
@@ -72,14 +78,14 @@ class DynamicRankCallback(TrainerCallback):
     ) -> None:
         """Make room, before any optimizer or data-parallel wrapper sees the parameters."""
         model: nn.Module = kwargs["model"]
-        lora_modules(model)
+        modules = lora_modules(model)
         if self.plan is not None:
             check_adapts(model, self.plan)
         if self.resume_from is None:
             add_headroom(model, self.headroom, self.bounds[1])
         else:
             set_physical_ranks(model, _read(Path(self.resume_from))["physical"])
-        self._room = _physical(model)
+        self._room = physical_ranks(modules)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,7 +101,9 @@ class DynamicRankCallback(TrainerCallback):
                 "load_best_model_at_end would load a checkpoint of other shapes after ranks were "
                 "compacted: leave out one of the two."
             )
-        if _physical(kwargs["model"]) != self._room:  # model_init has made it anew
+        if (
+            physical_ranks(lora_modules(kwargs["model"])) != self._room
+        ):  # model_init has made it anew
             self._make_room(kwargs["model"], kwargs["optimizer"], state)
         self.ranks = DynamicRank(
             kwargs["model"],
@@ -184,10 +192,6 @@ class DynamicRankCallback(TrainerCallback):
             raise TrainingError("Training ended but DynamicRankCallback never saw a step.")
         if args.load_best_model_at_end and self.ranks.note_return() is not None:
             self._tell()
-
-
-def _physical(model: nn.Module) -> dict[str, int]:
-    return {module.name: module.rank for module in lora_modules(model)}
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

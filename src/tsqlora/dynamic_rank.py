@@ -26,6 +26,7 @@ from tsqlora.adapter import (
     compact,
     forget,
     grow,
+    physical_ranks,
     prune,
     require_early,
 )
@@ -221,7 +222,7 @@ class DynamicRank:
         """All that a resumed run needs beside the weights; JSON-able."""
         return {
             "planned": self.planned,
-            "physical": {m.name: m.rank for m in self.modules},
+            "physical": physical_ranks(self.modules),
             "taken": self.taken,
             "observed": self.observer.state_dict(),
             "given": self.rows.given,
@@ -234,7 +235,7 @@ class DynamicRank:
         Raises:
             TrainingError: the model, which holds its weights already, has other ranks than then.
         """
-        if state["physical"] != {m.name: m.rank for m in self.modules}:
+        if state["physical"] != physical_ranks(self.modules):
             raise TrainingError(
                 "The checkpoint's factors have other ranks than the model's: it was compacted, or "
                 "made with another headroom or plan. DynamicRankCallback(resume_from=checkpoint) "
@@ -271,9 +272,8 @@ class DynamicRank:
             return None
         self._idle = self._pruned()
         ranks = {m.name: int(active(m).sum()) for m in self.modules}
-        move = Reallocation(self.taken, ranks, pruned, grown)
-        self.history.append(move)
-        return move
+        self.history.append(Reallocation(self.taken, ranks, pruned, grown))
+        return self.history[-1]
 
     def _agreed(self, own: Observed) -> Observed:
         """Of several processes all decide by what the first has observed, which all must have."""

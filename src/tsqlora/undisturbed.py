@@ -35,9 +35,8 @@ def undisturbed() -> Iterator[None]:
         for name in _accelerates() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
-        if processes.count() > 1:  # the Trainer's is what tells accelerate of them on CPUs
-            del states[1:]
-        for state, before in zip(states, kept, strict=False):
+        alone = processes.count() == 1  # else the Trainer's tells accelerate of them, on CPUs
+        for state, before in zip(states if alone else states[:1], kept, strict=False):
             if before or state is not PartialState._shared_state:
                 state.clear()
                 state.update(before)
