@@ -9,6 +9,8 @@ import pytest
 
 from runs import class_rows, classification_run, write_rows
 from tsqlora.cli import main
+from tsqlora.config import RunConfig
+from tsqlora.preflight import check_config
 
 EARLY: list[tuple[dict[str, Any], list[str]]] = [
     ({"ranks.mean_rank": None, "ranks.parameters": 5}, ["budget of 5 parameters"]),
@@ -59,6 +61,17 @@ def test_what_cannot_be_compacted_is_refused_before_anything(
     assert f"training.{key}" in said
     assert "ranks.compact" in said
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_an_optimizer_with_a_second_copy_of_the_weights_is_refused_for_moving_ranks_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"training.optim": "schedule_free_adamw"}
+    assert main(["train", str(classification_run(tmp_path, **asked))]) == 2
+    assert "schedule_free_adamw keeps a second copy of the weights" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*"))
+    fixed = classification_run(tmp_path, **asked, **{"ranks.dynamic": False})
+    check_config(RunConfig.from_yaml(fixed))
 
 
 def test_the_best_checkpoint_is_told_by_what_is_measured_while_training(

@@ -51,6 +51,12 @@ def check_config(config: RunConfig) -> None:
             "training.deepspeed shards over several processes, and there is one: start more, "
             "`torchrun --nproc_per_node 2 -m tsqlora ...`, or leave it out."
         )
+    optimizer = str(config.training.get("optim", ""))
+    if config.ranks.dynamic and optimizer.startswith("schedule_free"):
+        raise ConfigError(
+            f"training.optim: {optimizer} keeps a second copy of the weights, which would draw "
+            "ranks back that moved: use another, such as adamw_torch, or ranks.dynamic: false."
+        )
     if config.ranks.compact:
         _check_compactable(config)
     _check_best_metric(config)
