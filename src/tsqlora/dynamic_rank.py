@@ -210,7 +210,7 @@ class DynamicRank:
         As the Trainer does at the end with its best checkpoint.
         """
         before = self.current
-        ranks = {m.name: int(active(m).sum()) for m in self.modules}
+        ranks = active_ranks(self.model)
         if ranks == before:
             return None
         pruned = {n: before[n] - rank for n, rank in ranks.items() if rank < before[n]}
@@ -264,14 +264,14 @@ class DynamicRank:
         if not observed.steps:
             logger.warning("No gradient before step %d was finite: ranks stay.", self.taken)
             return None
-        current = {m.name: int(active(m).sum()) for m in self.modules}
+        current = active_ranks(self.model)
         target = self._target(current, observed.demand)
         pruned, freed = self._prune_above(current, target, observed)
         grown = self._grow_below(current, target, freed)
         if not pruned and not grown:
             return None
         self._idle = self._pruned()
-        ranks = {m.name: int(active(m).sum()) for m in self.modules}
+        ranks = active_ranks(self.model)
         self.history.append(Reallocation(self.taken, ranks, pruned, grown))
         return self.history[-1]
 
