@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from launched import Launch, launched_twice, without_dropout
@@ -21,8 +20,6 @@ from runs import causal_run, classification_run
 from test_early_learning import labels_alone, trained
 from test_online import trainer_of
 from test_pairs import small
-from test_undisturbed import accelerator, scored
-from tiny import tiny_model
 from tsqlora import LayerSensitivity, QualityScores, scoring
 from tsqlora.artefacts import read_json
 from tsqlora.credibility import Credibility
@@ -39,7 +36,7 @@ KINDS = ("ddp", "fsdp")
 SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from test_parallel import accelerated, early, few_at_once, noting, online, small_parts
+from test_parallel import early, few_at_once, noting, online, small_parts
 from torch.distributed.distributed_c10d import _get_default_store
 from tsqlora import cli, processes
 from tsqlora.errors import TrainingError
@@ -96,7 +93,6 @@ with small_parts() as written:
 note("parts", written)
 note("online", online(home / "online-two", 2))
 note("early", early(home / "early-two", 2))
-note("accelerated", accelerated())
 
 note("mistake", cli.main(["train", str(home / "mistake.yaml")]))
 processes.wait()
@@ -184,17 +180,6 @@ def early(folder: Path, batch: int, held: bool = True) -> list[float]:
     """The weights after a training of five epochs, `held` to what was predicted early."""
     settings = {"num_train_epochs": 5, "per_device_train_batch_size": batch}
     return trained(labels_alone(folder, held, **settings))
-
-
-def accelerated() -> list[Any]:
-    """What an accelerator is left with that was there before samples were scored."""
-    AcceleratorState._reset_state()
-    made = accelerator()
-    scored(tiny_model("bert"))
-    left = [made.mixed_precision, made.gradient_accumulation_steps, made.num_processes]
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    return left
 
 
 @pytest.fixture(scope="module")
@@ -333,13 +318,6 @@ def test_two_processes_record_together_and_draw_the_same(launch: Launch) -> None
     assert first == second
     for one, two in zip(online(launch.home / "online-one", 4), first, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
-
-
-def test_an_accelerator_of_two_processes_keeps_its_precision_and_accumulation(
-    launch: Launch,
-) -> None:
-    for process in (0, 1):
-        assert launch.note("accelerated", process) == ["bf16", 3, 2]
 
 
 def test_two_processes_hold_to_what_both_have_seen(launch: Launch) -> None:

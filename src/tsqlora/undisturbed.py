@@ -20,7 +20,7 @@ def undisturbed() -> Iterator[None]:
 
     A Trainer seeds its process and sets precision and accumulation for all of it, so that an
     `Accelerator` made before would train in other batches, and one made after could not be. In
-    several processes what it did not know before stays, as it may know of them by the Trainer.
+    several processes only its accumulation is put back, as it may know of them by the Trainer.
     """
     states = [state._shared_state for state in (GradientState, AcceleratorState, PartialState)]
     kept = [dict(state) for state in states]
@@ -35,10 +35,9 @@ def undisturbed() -> Iterator[None]:
         for name in _accelerates() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
-        several = processes.count() > 1  # of which the Trainer's tells accelerate, on CPUs
-        fresh = states[:1] if several else states[:2]
-        for state, before in zip(states, kept, strict=True):
-            if before or any(state is each for each in fresh):
+        alone = processes.count() == 1  # else the Trainer's tells accelerate of them, on CPUs
+        for state, before in zip(states if alone else states[:1], kept, strict=False):
+            if before or state is not PartialState._shared_state:
                 state.clear()
                 state.update(before)
 
