@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported: both read these only once.
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from browser import no_browser
+from tsqlora.interruption import SIGNALS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -43,3 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder beside the clone that holds real data and models."""
     return SHARED
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Signals are heard, as they are not in what a shell without job control put in background."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -171,6 +171,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert left == kept
 
 
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_for_a_checkpoint_and_the_second_stops_at_once(
     tmp_path: Path, number: int

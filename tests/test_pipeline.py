@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -27,7 +26,6 @@ from tsqlora.artefacts import read_lines
 from tsqlora.checkpoints import InterruptCallback, whole_checkpoints
 from tsqlora.cli import main
 from tsqlora.config import AdapterConfig, RunConfig
-from tsqlora.interruption import SIGNALS
 from tsqlora.pipeline import Run
 from tsqlora.training import training_arguments
 from tsqlora.two_parts import first_steps, last_arguments
@@ -105,15 +103,6 @@ def test_other_test_rows_cost_an_evaluation_and_no_training(
     after = json.loads((train(config, resume=True) / "metrics.json").read_text())
     assert after["test"] != before["test"]
     assert after["validation"] == before["validation"]
-
-
-@pytest.fixture
-def listening() -> Iterator[None]:
-    """Signals are heard, as they are not in what a shell without job control put in background."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("listening")

@@ -236,9 +236,9 @@ def active_ranks(model: nn.Module) -> dict[str, int]:
     return {m.name: int(active(m).sum()) for m in lora_modules(model)}
 
 
-def physical_ranks(modules: Sequence[LoraModule]) -> dict[str, int]:
-    """The number of components of every module, active or not."""
-    return {m.name: m.rank for m in modules}
+def physical_ranks(model: nn.Module) -> dict[str, int]:
+    """The number of components of every adapted module, active or not."""
+    return {m.name: m.rank for m in lora_modules(model)}
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -78,14 +78,14 @@ class DynamicRankCallback(TrainerCallback):
     ) -> None:
         """Make room, before any optimizer or data-parallel wrapper sees the parameters."""
         model: nn.Module = kwargs["model"]
-        modules = lora_modules(model)
+        lora_modules(model)
         if self.plan is not None:
             check_adapts(model, self.plan)
         if self.resume_from is None:
             add_headroom(model, self.headroom, self.bounds[1])
         else:
             set_physical_ranks(model, _read(Path(self.resume_from))["physical"])
-        self._room = physical_ranks(modules)
+        self._room = physical_ranks(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,9 +101,7 @@ class DynamicRankCallback(TrainerCallback):
                 "load_best_model_at_end would load a checkpoint of other shapes after ranks were "
                 "compacted: leave out one of the two."
             )
-        if (
-            physical_ranks(lora_modules(kwargs["model"])) != self._room
-        ):  # model_init has made it anew
+        if physical_ranks(kwargs["model"]) != self._room:  # model_init has made it anew
             self._make_room(kwargs["model"], kwargs["optimizer"], state)
         self.ranks = DynamicRank(
             kwargs["model"],

@@ -222,7 +222,7 @@ class DynamicRank:
         """All that a resumed run needs beside the weights; JSON-able."""
         return {
             "planned": self.planned,
-            "physical": physical_ranks(self.modules),
+            "physical": physical_ranks(self.model),
             "taken": self.taken,
             "observed": self.observer.state_dict(),
             "given": self.rows.given,
@@ -235,7 +235,7 @@ class DynamicRank:
         Raises:
             TrainingError: the model, which holds its weights already, has other ranks than then.
         """
-        if state["physical"] != physical_ranks(self.modules):
+        if state["physical"] != physical_ranks(self.model):
             raise TrainingError(
                 "The checkpoint's factors have other ranks than the model's: it was compacted, or "
                 "made with another headroom or plan. DynamicRankCallback(resume_from=checkpoint) "

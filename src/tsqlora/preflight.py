@@ -51,12 +51,8 @@ def check_config(config: RunConfig) -> None:
             "training.deepspeed shards over several processes, and there is one: start more, "
             "`torchrun --nproc_per_node 2 -m tsqlora ...`, or leave it out."
         )
-    optimizer = str(config.training.get("optim", ""))
-    if config.ranks.dynamic and optimizer.startswith("schedule_free"):
-        raise ConfigError(
-            f"training.optim: {optimizer} keeps a second copy of the weights, which would draw "
-            "ranks back that moved: use another, such as adamw_torch, or ranks.dynamic: false."
-        )
+    if config.ranks.dynamic:
+        _check_movable(config)
     if config.ranks.compact:
         _check_compactable(config)
     _check_best_metric(config)
@@ -71,6 +67,14 @@ def _check_best_metric(config: RunConfig) -> None:
         raise ConfigError(
             f"training.metric_for_best_model: {asked} is not measured while training; use one of "
             f"{', '.join(measured)}, or leave it out."
+        )
+
+
+def _check_movable(config: RunConfig) -> None:
+    if (optimizer := str(config.training.get("optim", ""))).startswith("schedule_free"):
+        raise ConfigError(
+            f"training.optim: {optimizer} keeps a second copy of the weights, which would draw "
+            "ranks back that moved: use another, such as adamw_torch, or ranks.dynamic: false."
         )
 
 
