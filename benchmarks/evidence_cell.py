@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Cell:
     data: CellData
     folder: Path
     rate: float
-    epochs: float
+    epochs: float | Fraction
 
     @property
     def budget(self) -> int:

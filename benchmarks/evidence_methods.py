@@ -20,10 +20,9 @@ from evidence_plain import (
     lora,
     lora_r4,
     lora_random,
-    lora_trusted,
     measured_splits,
     oracle,
-    oracle_trusted,
+    with_trusted,
 )
 from evidence_rivals import adalora, eva, infobatch, small_loss
 from sklearn.metrics import roc_auc_score
@@ -119,14 +118,15 @@ _CREDIBILITY = {
     "mode": "online",
     "weights": {"gradient_norm": 0.0, "loss_reduction": 0.0, "convergence": 0.0},
 }
+_PAPER = {"preset": "paper"}
 _TERMS = {"mode": "online", "weights": {"gradient_norm": 1.0, "convergence": 1.0}}
 METHODS: dict[str, Method] = {
     "lora": lora,
     "oracle": oracle,
     "informed": informed,
     "tsqlora": tsqlora(quality=_CREDIBILITY),
-    "lora_trusted": lora_trusted,
-    "oracle_trusted": oracle_trusted,
+    "lora_trusted": with_trusted(lora),
+    "oracle_trusted": with_trusted(oracle),
     "informed_trusted": informed_trusted,
     "tsqlora_trusted": tsqlora(trusted=True, quality=_CREDIBILITY),
     "tsqlora_quality_only": tsqlora(quality=_CREDIBILITY, ranks=_UNIFORM, adapter=_RANDOM),
@@ -135,7 +135,8 @@ METHODS: dict[str, Method] = {
     "tsqlora_moving_only": tsqlora(quality=_NOTHING, adapter=_RANDOM),
     "tsqlora_r4": tsqlora(quality=_CREDIBILITY, ranks={"mean_rank": RANK // 2}),
     "tsqlora_06": tsqlora(part=0.6, quality=_CREDIBILITY),
-    "tsqlora_paper": tsqlora(quality={"preset": "paper"}, adapter=_RANDOM),
+    "tsqlora_paper": tsqlora(quality=_PAPER, adapter=_RANDOM),
+    "tsqlora_paper_trusted": tsqlora(trusted=True, quality=_PAPER, adapter=_RANDOM),
     "tsqlora_terms": tsqlora(quality=_TERMS),
     "lora_random": lora_random,
     "lora_r4": lora_r4,
@@ -143,6 +144,11 @@ METHODS: dict[str, Method] = {
     "infobatch": infobatch,
     "adalora": adalora,
     "eva": eva,
+    "lora_random_trusted": with_trusted(lora_random),
+    "small_loss_trusted": with_trusted(small_loss),
+    "infobatch_trusted": with_trusted(infobatch),
+    "adalora_trusted": with_trusted(adalora),
+    "eva_trusted": with_trusted(eva),
 }
 CORE_METHODS = tuple(
     name
@@ -161,8 +167,10 @@ RATE_OF = {
     **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random", "lora_r4"), "lora"),
     **dict.fromkeys(("informed", "informed_trusted"), "lora"),
     **dict.fromkeys(("small_loss", "infobatch", "tsqlora_quality_only"), "lora"),
+    **dict.fromkeys(("lora_random_trusted", "small_loss_trusted", "infobatch_trusted"), "lora"),
     **dict.fromkeys(("tsqlora_trusted", "tsqlora_terms", "tsqlora_r4"), "tsqlora"),
     **dict.fromkeys(("tsqlora_ranks_only", "tsqlora_start_only", "tsqlora_moving_only"), "tsqlora"),
+    **{f"{name}_trusted": name for name in ("adalora", "eva", "tsqlora_paper")},
 }
-"""Whose rate a method takes: plain LoRA's, or the default's. Half the rank, tuned by itself on g2p,
-came to the same (results/evidence_tuning.jsonl)."""
+"""Whose rate a method takes: plain LoRA's, the default's, or its own without trusted rows. Half the
+rank, tuned by itself on g2p, came to the same (results/evidence_tuning.jsonl)."""

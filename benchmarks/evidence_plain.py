@@ -6,14 +6,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import chain, islice, starmap
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from evidence_cell import RANK, SCALE, Cell, Outcome
+from evidence_data import write_cell
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
@@ -179,20 +181,6 @@ def oracle(cell: Cell) -> Outcome:
     return Plain(cell, rows=lambda pool: pool.select(_sound(cell, pool))).run()
 
 
-def lora_trusted(cell: Cell) -> Outcome:
-    """Plain LoRA on all data and the trusted rows."""
-    return Plain(cell, rows=lambda pool: concatenate_datasets([pool, _trusted(cell)])).run()
-
-
-def oracle_trusted(cell: Cell) -> Outcome:
-    """The oracle, with the trusted rows."""
-
-    def rows(pool: Dataset) -> Dataset:
-        return concatenate_datasets([pool.select(_sound(cell, pool)), _trusted(cell)])
-
-    return Plain(cell, rows=rows).run()
-
-
 def informed(cell: Cell) -> Outcome:
     """Plain LoRA on as many of the sound rows as all rows' targets are `worth`, nothing wrong in
     them: what whoever made the most of the damaged ones could hope for."""
@@ -201,11 +189,28 @@ def informed(cell: Cell) -> Outcome:
 
 def informed_trusted(cell: Cell) -> Outcome:
     """The same, with the trusted rows."""
+    size = len(cell.data.train)
 
     def rows(pool: Dataset) -> Dataset:
-        return concatenate_datasets([pool.select(_informed(cell, pool)), _trusted(cell)])
+        known = range(size, len(pool))
+        return pool.select([*_informed(cell, pool.select(range(size))), *known])
 
-    return Plain(cell, rows=rows).run()
+    return Plain(and_trusted(cell), rows=rows).run()
+
+
+def with_trusted(method: Callable[[Cell], Outcome]) -> Callable[[Cell], Outcome]:
+    """The method on all data and the trusted rows, at the budget of the data alone."""
+    return lambda cell: method(and_trusted(cell))
+
+
+def and_trusted(cell: Cell) -> Cell:
+    """The trusted rows are the last of train, rows like the others."""
+    size = len(cell.data.train)
+    known = [{"id": size + i, **row} for i, row in enumerate(cell.data.trusted)]
+    data = replace(cell.data, train=[*cell.data.train, *known])
+    folder = cell.folder / "with_trusted"
+    write_cell(data, folder / "data")
+    return replace(cell, data=data, folder=folder, epochs=Fraction(cell.budget, len(data.train)))
 
 
 def worth(classes: int, wrong: float) -> float:
@@ -227,11 +232,3 @@ def _informed(cell: Cell, pool: Dataset) -> list[int]:
 def _sound(cell: Cell, pool: Dataset) -> list[int]:
     bad = cell.data.wrong | cell.data.copies
     return [position for position, number in enumerate(pool["id"]) if number not in bad]
-
-
-def _trusted(cell: Cell) -> Dataset:
-    source = str(cell.folder / "data" / "trusted.jsonl")
-    config = cell.config(quality={"reference": source, "mode": "upfront"})  # apart from the pool
-    trusted = Inputs(config).splits.reference
-    assert trusted is not None
-    return trusted

@@ -28,7 +28,8 @@ from common import append_line, read_lines
 from evidence_cell import Cell
 from evidence_claims import claims
 from evidence_data import CONDITIONS, CORE, TASKS, TRUSTED, Task, make_cell, more_tasks
-from evidence_plain import worth
+from evidence_methods import METHODS
+from evidence_plain import and_trusted, worth
 from evidence_pool import Job, measured_all
 from evidence_schedule import Schedule, pair_of
 from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
@@ -113,6 +114,26 @@ def test_templates_and_tokenizers_of_ones_own_are_read_as_a_configuration_reads_
         assert set(data.train[0]) == {"id", "says", "class"}
     cell = Cell(task, "clean", "lora", 0, data, own.parent, 1e-3, 1)
     assert cell.config().tokenizer == str(own.parent / "spelling")
+
+
+def test_trusted_rows_join_train_as_sound_rows_at_the_same_budget(own: Path) -> None:
+    task = more_tasks(own)["mine"]
+    data = make_cell(task, "wrong40", 0)
+    cell = Cell(task, "wrong40", "lora_trusted", 0, data, own.parent, 1e-3, 3)
+    both = and_trusted(cell)
+    assert (both.budget, both.steps) == (cell.budget, cell.steps)
+    rows = [json.loads(row) for row in Path(both.config().data.train).read_text().splitlines()]
+    assert rows[: len(data.train)] == data.train
+    assert [row.pop("id") for row in rows] == list(range(len(data.train) + TRUSTED))
+    assert rows[len(data.train) :] == data.trusted
+    assert max(both.data.wrong) < len(data.train)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name.endswith("_trusted")])
+def test_a_method_takes_the_same_rate_with_trusted_rows_as_without(method: str) -> None:
+    assert pair_of(("sst2", "clean", method, 0)) == pair_of(
+        ("sst2", "clean", method.removesuffix("_trusted"), 0)
+    )
 
 
 def trials(task: Task, folder: Path, worth: Callable[[float], float]) -> list[float]:
