@@ -136,7 +136,7 @@ METHODS: dict[str, Method] = {
     "tsqlora_r4": tsqlora(quality=_CREDIBILITY, ranks={"mean_rank": RANK // 2}),
     "tsqlora_06": tsqlora(part=0.6, quality=_CREDIBILITY),
     "tsqlora_paper": tsqlora(quality=_PAPER, adapter=_RANDOM),
-    "tsqlora_paper_trusted": tsqlora(trusted=True, quality=_PAPER, adapter=_RANDOM),
+    "tsqlora_paper_trusted": with_trusted(tsqlora(quality=_PAPER, adapter=_RANDOM)),
     "tsqlora_terms": tsqlora(quality=_TERMS),
     "lora_random": lora_random,
     "lora_r4": lora_r4,
@@ -164,13 +164,10 @@ UNTOLD = {
 }
 """Conditions in which a method has nothing to know and is plain LoRA."""
 RATE_OF = {
-    **dict.fromkeys(("oracle", "lora_trusted", "oracle_trusted", "lora_random", "lora_r4"), "lora"),
-    **dict.fromkeys(("informed", "informed_trusted"), "lora"),
+    **dict.fromkeys(("oracle", "informed", "lora_random", "lora_r4"), "lora"),
     **dict.fromkeys(("small_loss", "infobatch", "tsqlora_quality_only"), "lora"),
-    **dict.fromkeys(("lora_random_trusted", "small_loss_trusted", "infobatch_trusted"), "lora"),
-    **dict.fromkeys(("tsqlora_trusted", "tsqlora_terms", "tsqlora_r4"), "tsqlora"),
+    **dict.fromkeys(("tsqlora_terms", "tsqlora_r4"), "tsqlora"),
     **dict.fromkeys(("tsqlora_ranks_only", "tsqlora_start_only", "tsqlora_moving_only"), "tsqlora"),
-    **{f"{name}_trusted": name for name in ("adalora", "eva", "tsqlora_paper")},
 }
-"""Whose rate a method takes: plain LoRA's, the default's, or its own without trusted rows. Half the
-rank, tuned by itself on g2p, came to the same (results/evidence_tuning.jsonl)."""
+"""Whose rate a method takes: plain LoRA's, or the default's; with trusted rows that without them.
+Half the rank, tuned by itself on g2p, came to the same (results/evidence_tuning.jsonl)."""

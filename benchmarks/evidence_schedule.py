@@ -26,7 +26,8 @@ Pair = tuple[str, str]
 def pair_of(cell: Key) -> Pair:
     """The pair whose rate a cell takes."""
     task, _, method, _ = cell
-    return task, RATE_OF.get(method, method)
+    alone = method.removesuffix("_trusted")
+    return task, RATE_OF.get(alone, alone)
 
 
 @dataclass

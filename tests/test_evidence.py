@@ -22,6 +22,7 @@ from sklearn.metrics import mutual_info_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import evidence_methods
 import evidence_schedule
 import evidence_stats
 from common import append_line, read_lines
@@ -36,6 +37,7 @@ from evidence_stats import Cells, bootstrap, closed, difference, mean_interval
 from evidence_tables import front_page, in_order, tables
 from evidence_tuning import TUNED_ON, best_rate, for_tuning, tried, untried
 
+from tsqlora.config import RunConfig
 from tsqlora.errors import ConfigError
 
 CLASSES = ("a", "b", "c")
@@ -127,6 +129,23 @@ def test_trusted_rows_join_train_as_sound_rows_at_the_same_budget(own: Path) -> 
     assert [row.pop("id") for row in rows] == list(range(len(data.train) + TRUSTED))
     assert rows[len(data.train) :] == data.trusted
     assert max(both.data.wrong) < len(data.train)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name.startswith("tsqlora")])
+def test_every_form_of_the_method_is_a_configuration_that_is_accepted(
+    own: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    class Started(Exception):
+        """No training: a configuration was made."""
+
+    def start(config: RunConfig) -> None:
+        raise Started
+
+    task = more_tasks(own)["mine"]
+    data = make_cell(task, "wrong20", 0)
+    monkeypatch.setattr(evidence_methods.Run, "start", start)
+    with pytest.raises(Started):
+        METHODS[method](Cell(task, "wrong20", method, 0, data, own.parent, 1e-3, 3))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name.endswith("_trusted")])
